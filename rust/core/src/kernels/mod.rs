@@ -1,0 +1,55 @@
+//! Arithmetic on slices: each kernel once, for every instruction set. No kernel knows a file, a
+//! layer or a thread.
+
+pub mod activation;
+pub mod attention;
+pub mod conv1d;
+pub mod delta_rule;
+pub mod matmul;
+pub mod norm;
+pub mod quantize;
+pub mod rope;
+pub mod select;
+#[cfg(test)]
+pub mod testing;
+
+use crate::simd::{Isa, LANES};
+
+/// The first 16 elements of `x`, padded with zeros if there are fewer.
+#[inline(always)]
+pub(crate) fn load_some<S: Isa>(s: S, x: &[f32]) -> S::F {
+    match x.first_chunk() {
+        Some(x) => s.load(x),
+        None => {
+            let mut padded = [0.0; LANES];
+            padded[..x.len()].copy_from_slice(x);
+            s.load(&padded)
+        }
+    }
+}
+
+/// Stores as many lanes as `y` takes, at most 16.
+#[inline(always)]
+pub(crate) fn store_some<S: Isa>(s: S, v: S::F, y: &mut [f32]) {
+    match y.first_chunk_mut() {
+        Some(y) => s.store(v, y),
+        None => {
+            let mut padded = [0.0; LANES];
+            s.store(v, &mut padded);
+            let n = y.len();
+            y.copy_from_slice(&padded[..n]);
+        }
+    }
+}
+
+/// Sum of x[i] y[i].
+#[inline(always)]
+pub(crate) fn dot<S: Isa>(s: S, x: &[f32], y: &[f32]) -> f32 {
+    let mut sum = s.splat(0.0);
+    let mut i = 0;
+    while i < x.len().min(y.len()) {
+        sum = s.fma(load_some(s, &x[i..]), load_some(s, &y[i..]), sum);
+        i += LANES;
+    }
+    s.sum(sum)
+}

@@ -1,0 +1,126 @@
+//! Activations as int8, the way quantised matrix products read them.
+//!
+//! Each token has one f32 scale (absmax / 127) and the sum of its codes per group of 32. Tokens
+//! come in tiles of at most [`Isa::TILE_TOKENS`], and inside a tile the tokens are innermost: rows
+//! a power of two apart would evict each other from the cache.
+
+use super::load_some;
+use crate::quant::{BLOCK, BLOCK_STEPS, GROUP, GROUP_STEPS};
+use crate::simd::{Cpu, Isa, Kernel, LANES};
+
+/// Int8 values of a few tokens.
+#[derive(Default)]
+pub struct QuantTile {
+    tokens: usize,
+    codes: Vec<[i8; 4]>, // [cols / 4, tokens]
+    sums: Vec<i32>,      // [cols / 32, tokens]
+    scales: Vec<f32>,    // [cols / 32, tokens]
+}
+
+/// One block of columns of a tile with M tokens.
+pub struct QuantBlock<'a, const M: usize> {
+    pub codes: &'a [[[i8; 4]; M]; BLOCK_STEPS],
+    pub sums: &'a [[i32; M]; 2],
+    pub scales: &'a [[f32; M]; 2],
+}
+
+impl QuantTile {
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Quantises rows. x: [tokens, cols]; columns are padded with zeros to a whole block.
+    pub fn quantize(&mut self, cpu: Cpu, x: &[f32], cols: usize) {
+        assert!(cols > 0 && x.len().is_multiple_of(cols));
+        self.tokens = x.len() / cols;
+        let padded = cols.next_multiple_of(BLOCK) * self.tokens;
+        self.codes.resize(padded / 4, [0; 4]);
+        self.sums.resize(padded / GROUP, 0);
+        self.scales.resize(padded / GROUP, 0.0);
+        cpu.run(Quantize { x, cols, tile: self });
+    }
+
+    /// The blocks of a tile of exactly M tokens.
+    #[inline(always)]
+    pub(super) fn blocks<const M: usize>(&self) -> impl Iterator<Item = QuantBlock<'_, M>> {
+        assert_eq!(self.tokens, M);
+        let codes = self.codes.as_chunks::<M>().0.as_chunks().0;
+        let sums = self.sums.as_chunks::<M>().0.as_chunks().0;
+        let scales = self.scales.as_chunks::<M>().0.as_chunks().0;
+        codes
+            .iter()
+            .zip(sums)
+            .zip(scales)
+            .map(|((codes, sums), scales)| QuantBlock { codes, sums, scales })
+    }
+}
+
+struct Quantize<'a> {
+    x: &'a [f32],
+    cols: usize,
+    tile: &'a mut QuantTile,
+}
+
+impl Kernel for Quantize<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) {
+        let QuantTile { tokens, codes, sums, scales } = self.tile;
+        let tokens = *tokens;
+        for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
+            for group in 0..self.cols.next_multiple_of(BLOCK) / GROUP {
+                let rest = &x[(group * GROUP).min(self.cols)..];
+                let low = load_some(s, rest);
+                let high = load_some(s, &rest[LANES.min(rest.len())..]);
+                let largest = s.largest(s.max(s.abs(low), s.abs(high)));
+                let inverse = s.splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+                let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
+                sums[group * tokens + t] = s.sum_i32(s.add_i32(low, high));
+                scales[group * tokens + t] = largest / 127.0;
+                let mut bytes = [[0i8; LANES]; 2];
+                s.store_i8(low, &mut bytes[0]);
+                s.store_i8(high, &mut bytes[1]);
+                let group = &mut codes[group * GROUP_STEPS * tokens..][..GROUP_STEPS * tokens];
+                for (step, four) in bytes.as_flattened().as_chunks().0.iter().enumerate() {
+                    group[step * tokens + t] = *four;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::random;
+
+    #[test]
+    fn codes_scales_and_sums_match_their_definition() {
+        for cpu in Cpu::all() {
+            for (tokens, cols) in [(1, 1), (1, 64), (2, 31), (3, 160), (4, 256), (5, 97)] {
+                let mut x = random(tokens * cols, 3);
+                x[0] = 0.0;
+                let mut tile = QuantTile::default();
+                tile.quantize(cpu, &x, cols);
+                for t in 0..tokens {
+                    for group in 0..cols.next_multiple_of(BLOCK) / GROUP {
+                        let value = |i: usize| if i < cols { x[t * cols + i] } else { 0.0 };
+                        let values: Vec<f32> = (0..GROUP).map(|i| value(group * GROUP + i)).collect();
+                        let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                        let scale = tile.scales[group * tokens + t];
+                        assert!((scale - largest / 127.0).abs() <= largest * 1e-6);
+                        let mut sum = 0;
+                        for (i, v) in values.iter().enumerate() {
+                            let step = group * GROUP_STEPS + i / 4;
+                            let code = tile.codes[step * tokens + t][i % 4];
+                            sum += i32::from(code);
+                            let error = (v - scale * f32::from(code)).abs();
+                            assert!(error <= scale * 0.5001, "{cpu:?} {t} {group} {i}: {v} {code}");
+                        }
+                        assert_eq!(sum, tile.sums[group * tokens + t]);
+                    }
+                }
+            }
+        }
+    }
+}

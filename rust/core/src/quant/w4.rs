@@ -1,0 +1,87 @@
+//! W4: 4-bit codes, one f16 scale per row and group of 32; 4.5 bits a weight.
+//!
+//! A block (16 rows, 64 columns) is 576 bytes:
+//!
+//!     32 x f16   scales: group 0 rows 0..16, group 1 rows 0..16                  64 bytes
+//!     8 x 64 B   step t: row r at bytes 4r..4r+4; low nibble of byte i: column 8t + i,
+//!                high nibble: column 8t + 4 + i
+//!
+//! weight = scale (code - 8). The scale may be negative: the extreme value of a group takes
+//! code 0, so that the larger half of the code range is used.
+
+use super::scale_search::search;
+use super::{BLOCK_STEPS, GROUP, GROUP_STEPS, Packed};
+use crate::simd::{Isa, LANES};
+use half::f16;
+
+const SCALE_BYTES: usize = 4 * LANES;
+/// Bytes of a block.
+pub const BLOCK_BYTES: usize = SCALE_BYTES + 8 * 4 * LANES;
+const ZERO: i32 = 8;
+
+pub struct W4;
+
+impl Packed for W4 {
+    type Block = [u8; BLOCK_BYTES];
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn scales<S: Isa>(s: S, block: &Self::Block, g: usize) -> S::F {
+        s.load_f16(&block.as_chunks().0[g])
+    }
+
+    #[inline(always)]
+    fn dot<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: &[[[i8; 4]; M]; BLOCK_STEPS],
+        sums: &[i32; M],
+    ) -> [S::I; M] {
+        let codes: &[[u8; 4 * LANES]] = block.as_chunks().0;
+        let mut acc = [s.zero_nibbles(); M];
+        for t in 4 * g..4 * g + 4 {
+            let w = s.load_bytes(&codes[1 + t]);
+            let (low, high) = (s.low_nibbles(w), s.high_nibbles(w));
+            for m in 0..M {
+                acc[m] = s.dot_nibbles(acc[m], low, s.splat_bytes(x[2 * t][m]));
+                acc[m] = s.dot_nibbles(acc[m], high, s.splat_bytes(x[2 * t + 1][m]));
+            }
+        }
+        let mut out = [s.splat_i32(0); M];
+        for m in 0..M {
+            out[m] = s.end_nibbles(acc[m], -ZERO * sums[m]);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize) {
+        let mut q = [[0i32; LANES]; GROUP];
+        let scales = search(s, w, &mut q);
+        s.store_f16(scales, &mut block.as_chunks_mut().0[g]);
+        let (codes, _) = block[SCALE_BYTES..].as_chunks_mut::<{ 4 * LANES }>();
+        for t in 0..GROUP_STEPS / 2 {
+            for r in 0..LANES {
+                for i in 0..4 {
+                    let low = (q[8 * t + i][r] + ZERO) as u8;
+                    let high = (q[8 * t + 4 + i][r] + ZERO) as u8;
+                    codes[4 * g + t][4 * r + i] = low | high << 4;
+                }
+            }
+        }
+    }
+
+    #[inline]
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let at = 2 * (col / GROUP * LANES + row);
+        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+        let byte = block[SCALE_BYTES + col / 8 * 4 * LANES + 4 * row + col % 4];
+        let code = if col % 8 < 4 { byte & 15 } else { byte >> 4 };
+        scale * (i32::from(code) - ZERO) as f32
+    }
+}

@@ -1,0 +1,89 @@
+//! W8: 8-bit codes, one f16 scale per row and group of 32; 8.5 bits a weight.
+//!
+//! A block (16 rows, 64 columns) is 1088 bytes:
+//!
+//!     32 x f16    scales: group 0 rows 0..16, group 1 rows 0..16       64 bytes
+//!     16 x 64 B   step t: row r at bytes 4r..4r+4: columns 4t .. 4t+4
+//!
+//! weight = scale (code - 128), with codes 1..=255: a step saturates nowhere (see `simd::avx2`).
+
+use super::{BLOCK_STEPS, GROUP, GROUP_STEPS, Packed};
+use crate::simd::{Isa, LANES};
+use half::f16;
+
+const SCALE_BYTES: usize = 4 * LANES;
+/// Bytes of a block.
+pub const BLOCK_BYTES: usize = SCALE_BYTES + BLOCK_STEPS * 4 * LANES;
+const ZERO: i32 = 128;
+const LARGEST: f32 = 127.0;
+
+pub struct W8;
+
+impl Packed for W8 {
+    type Block = [u8; BLOCK_BYTES];
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn scales<S: Isa>(s: S, block: &Self::Block, g: usize) -> S::F {
+        s.load_f16(&block.as_chunks().0[g])
+    }
+
+    #[inline(always)]
+    fn dot<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: &[[[i8; 4]; M]; BLOCK_STEPS],
+        sums: &[i32; M],
+    ) -> [S::I; M] {
+        let codes: &[[u8; 4 * LANES]] = block.as_chunks().0;
+        let mut acc = [s.splat_i32(0); M];
+        for m in 0..M {
+            acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
+        }
+        for t in GROUP_STEPS * g..GROUP_STEPS * (g + 1) {
+            let w = s.load_bytes(&codes[1 + t]);
+            for m in 0..M {
+                acc[m] = s.dot_bytes(acc[m], w, s.splat_bytes(x[t][m]));
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize) {
+        let zero = s.splat(0.0);
+        let mut largest = zero;
+        for w in w {
+            largest = s.max(largest, s.abs(s.load(w)));
+        }
+        s.store_f16(s.div(largest, s.splat(LARGEST)), &mut block.as_chunks_mut().0[g]);
+        let scale = s.load_f16(&block.as_chunks().0[g]);
+        let divisor = s.select_gt(scale, zero, scale, s.splat(1.0));
+        // A group too small for an f16 scale is zero.
+        let limit = s.select_gt(scale, zero, s.splat(LARGEST), zero);
+        let (codes, _) = block[SCALE_BYTES..].as_chunks_mut::<{ 4 * LANES }>();
+        for (k, w) in w.iter().enumerate() {
+            let x = s.div(s.load(w), divisor);
+            let x = s.max(s.min(x, limit), s.sub(zero, limit));
+            let mut q = [0; LANES];
+            s.store_i32(s.to_i32(x), &mut q);
+            let step = &mut codes[g * GROUP_STEPS + k / 4];
+            for (r, q) in q.iter().enumerate() {
+                step[4 * r + k % 4] = (q + ZERO) as u8;
+            }
+        }
+    }
+
+    #[inline]
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let at = 2 * (col / GROUP * LANES + row);
+        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+        let code = block[SCALE_BYTES + col / 4 * 4 * LANES + 4 * row + col % 4];
+        scale * (i32::from(code) - ZERO) as f32
+    }
+}

@@ -1,0 +1,306 @@
+//! AVX2 with FMA and F16C, and the same with AVX-VNNI: a vector is two registers.
+//!
+//! Without VNNI a dot product of bytes is `vpmaddubsw`, which adds two products in 16 bits and
+//! saturates. Codes up to 15 leave room for a whole group: 16 * 2 * 15 * 127 / 2 = 30 480 after
+//! eight steps. Larger codes are widened at once, as |w| and x with the sign of w.
+
+use super::{Isa, Kernel, LANES};
+use std::arch::x86_64::*;
+
+/// Proof that the CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
+#[derive(Clone, Copy)]
+pub struct Avx2<const VNNI: bool>(());
+
+impl<const VNNI: bool> Avx2<VNNI> {
+    pub fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && (!VNNI || is_x86_feature_detected!("avxvnni")))
+        .then_some(Avx2(()))
+    }
+}
+
+/// # Safety
+/// The CPU must have the features named: holding an [`Avx2`] proves it.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn enter<K: Kernel>(s: Avx2<false>, kernel: K) -> K::Output {
+    kernel.run(s)
+}
+
+/// # Safety
+/// The CPU must have the features named: holding an [`Avx2`] with VNNI proves it.
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn enter_vnni<K: Kernel>(s: Avx2<true>, kernel: K) -> K::Output {
+    kernel.run(s)
+}
+
+/// An intrinsic on values. Loads and stores are written out where they occur.
+macro_rules! op {
+    ($e:expr) => {
+        // SAFETY: the intrinsic touches no memory, and `self` proves the instruction set.
+        unsafe { $e }
+    };
+}
+
+/// The same intrinsic on both halves.
+macro_rules! both {
+    ($f:ident($a:expr)) => {
+        op!([$f($a[0]), $f($a[1])])
+    };
+    ($f:ident($a:expr, $b:expr)) => {
+        op!([$f($a[0], $b[0]), $f($a[1], $b[1])])
+    };
+    ($f:ident($a:expr, $b:expr, $c:expr)) => {
+        op!([$f($a[0], $b[0], $c[0]), $f($a[1], $b[1], $c[1])])
+    };
+}
+
+impl<const VNNI: bool> Isa for Avx2<VNNI> {
+    // Three integer and three float accumulators of two registers leave 4 of 16.
+    const TILE_TOKENS: usize = 3;
+    const FLOAT_TILE: (usize, usize) = (2, 3);
+    const BYTE_BIAS: i32 = if VNNI { 128 } else { 0 };
+
+    type F = [__m256; 2];
+    type I = [__m256i; 2];
+    type B = [__m256i; 2];
+    type X = __m256i;
+    type N = [__m256i; 2];
+
+    #[inline(always)]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves the features.
+        unsafe { if VNNI { enter_vnni(Avx2(()), kernel) } else { enter(Avx2(()), kernel) } }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        op!([_mm256_set1_ps(x); 2])
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F {
+        // SAFETY: `x` is 64 readable bytes; the loads need no alignment.
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+    }
+    #[inline(always)]
+    fn store(self, v: Self::F, y: &mut [f32; LANES]) {
+        // SAFETY: `y` is 64 writable bytes; the stores need no alignment.
+        unsafe {
+            _mm256_storeu_ps(y.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(y.as_mut_ptr().add(8), v[1]);
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u8; 2 * LANES]) -> Self::F {
+        // SAFETY: `x` is 32 readable bytes; the loads need no alignment.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().add(16).cast()));
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u8; 2 * LANES]) -> Self::F {
+        // SAFETY: `x` is 32 readable bytes; the loads need no alignment.
+        unsafe {
+            [
+                _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(16).cast())),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn load_f32(self, x: &[u8; 4 * LANES]) -> Self::F {
+        // SAFETY: `x` is 64 readable bytes; the loads need no alignment.
+        unsafe {
+            [_mm256_loadu_ps(x.as_ptr().cast()), _mm256_loadu_ps(x.as_ptr().add(32).cast())]
+        }
+    }
+    #[inline(always)]
+    fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {
+        // SAFETY: `y` is 32 writable bytes; the stores need no alignment.
+        unsafe {
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            _mm_storeu_si128(y.as_mut_ptr().cast(), _mm256_cvtps_ph::<NEAREST>(v[0]));
+            _mm_storeu_si128(y.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<NEAREST>(v[1]));
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        both!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        both!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        both!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        both!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        both!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        both!(_mm256_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        both!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        let sign = op!(_mm256_set1_ps(-0.0));
+        op!([_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])])
+    }
+    #[inline(always)]
+    fn select_gt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
+        op!([
+            _mm256_blendv_ps(y[0], x[0], _mm256_cmp_ps::<_CMP_GT_OQ>(a[0], b[0])),
+            _mm256_blendv_ps(y[1], x[1], _mm256_cmp_ps::<_CMP_GT_OQ>(a[1], b[1])),
+        ])
+    }
+    #[inline(always)]
+    fn sum(self, a: Self::F) -> f32 {
+        op!({
+            let a = _mm256_add_ps(a[0], a[1]);
+            let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+    #[inline(always)]
+    fn largest(self, a: Self::F) -> f32 {
+        op!({
+            let a = _mm256_max_ps(a[0], a[1]);
+            let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
+        })
+    }
+
+    #[inline(always)]
+    fn to_i32(self, a: Self::F) -> Self::I {
+        both!(_mm256_cvtps_epi32(a))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: Self::I) -> Self::F {
+        both!(_mm256_cvtepi32_ps(a))
+    }
+    #[inline(always)]
+    fn exp2i(self, n: Self::I) -> Self::F {
+        let biased = self.add_i32(n, self.splat_i32(127));
+        op!([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased[0])),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased[1])),
+        ])
+    }
+    #[inline(always)]
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        both!(_mm256_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn sum_i32(self, a: Self::I) -> i32 {
+        op!({
+            let a = _mm256_add_epi32(a[0], a[1]);
+            let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b01_00_11_10>(a));
+            _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32::<0b10_11_00_01>(a)))
+        })
+    }
+    #[inline(always)]
+    fn store_i32(self, a: Self::I, y: &mut [i32; LANES]) {
+        // SAFETY: `y` is 64 writable bytes; the stores need no alignment.
+        unsafe {
+            _mm256_storeu_si256(y.as_mut_ptr().cast(), a[0]);
+            _mm256_storeu_si256(y.as_mut_ptr().add(8).cast(), a[1]);
+        }
+    }
+    #[inline(always)]
+    fn store_i8(self, a: Self::I, y: &mut [i8; LANES]) {
+        // SAFETY: `y` is 16 writable bytes; the store needs no alignment.
+        unsafe {
+            // Packing works within 128-bit halves; the permutation restores the order.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a[0], a[1]));
+            let bytes = _mm_packs_epi16(
+                _mm256_castsi256_si128(words),
+                _mm256_extracti128_si256::<1>(words),
+            );
+            _mm_storeu_si128(y.as_mut_ptr().cast(), bytes);
+        }
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::B {
+        // SAFETY: `x` is 64 readable bytes; the loads need no alignment.
+        unsafe {
+            [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(32).cast())]
+        }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, b: Self::B) -> Self::B {
+        let mask = op!(_mm256_set1_epi8(15));
+        op!([_mm256_and_si256(b[0], mask), _mm256_and_si256(b[1], mask)])
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: Self::B) -> Self::B {
+        self.low_nibbles(op!([_mm256_srli_epi16::<4>(b[0]), _mm256_srli_epi16::<4>(b[1])]))
+    }
+    #[inline(always)]
+    fn splat_bytes(self, x: [i8; 4]) -> Self::X {
+        op!(_mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))))
+    }
+    #[inline(always)]
+    fn zero_nibbles(self) -> Self::N {
+        op!([_mm256_setzero_si256(); 2])
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, acc: Self::N, codes: Self::B, x: Self::X) -> Self::N {
+        if VNNI {
+            self.dot_bytes(acc, codes, x)
+        } else {
+            op!([
+                _mm256_add_epi16(acc[0], _mm256_maddubs_epi16(codes[0], x)),
+                _mm256_add_epi16(acc[1], _mm256_maddubs_epi16(codes[1], x)),
+            ])
+        }
+    }
+    #[inline(always)]
+    fn end_nibbles(self, acc: Self::N, start: i32) -> Self::I {
+        let one = op!(_mm256_set1_epi16(1));
+        let acc = if VNNI { acc } else { both!(_mm256_madd_epi16(acc, [one; 2])) };
+        self.add_i32(acc, self.splat_i32(start))
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> Self::I {
+        op!([_mm256_set1_epi32(x); 2])
+    }
+    #[inline(always)]
+    fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
+        if VNNI {
+            both!(_mm256_dpbusd_avx_epi32(acc, codes, [x; 2]))
+        } else {
+            let flip = op!(_mm256_set1_epi8(-128));
+            let one = op!(_mm256_set1_epi16(1));
+            let w = both!(_mm256_xor_si256(codes, [flip; 2]));
+            let signed = both!(_mm256_sign_epi8([x; 2], w));
+            let pairs = both!(_mm256_maddubs_epi16(both!(_mm256_abs_epi8(w)), signed));
+            self.add_i32(acc, both!(_mm256_madd_epi16(pairs, [one; 2])))
+        }
+    }
+    #[inline(always)]
+    fn prefetch(self, x: &[u8], at: usize) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }
+    }
+}

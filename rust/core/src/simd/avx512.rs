@@ -1,0 +1,219 @@
+//! AVX-512 with VNNI: a vector is one register, a panel of 16 rows fills it.
+
+use super::{Isa, Kernel, LANES};
+use std::arch::x86_64::*;
+
+/// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI.
+#[derive(Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    pub fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Avx512(()))
+    }
+}
+
+/// # Safety
+/// The CPU must have the features named: holding an [`Avx512`] proves it.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn enter<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+    kernel.run(s)
+}
+
+/// An intrinsic on values. Loads and stores are written out where they occur.
+macro_rules! op {
+    ($e:expr) => {
+        // SAFETY: the intrinsic touches no memory, and `self` proves the instruction set.
+        unsafe { $e }
+    };
+}
+
+impl Isa for Avx512 {
+    // 14 integer and 14 float accumulators leave 4 of 32 registers for weights and scales.
+    const TILE_TOKENS: usize = 14;
+    const FLOAT_TILE: (usize, usize) = (4, 6);
+    const BYTE_BIAS: i32 = 128;
+
+    type F = __m512;
+    type I = __m512i;
+    type B = __m512i;
+    type X = __m512i;
+    type N = __m512i;
+
+    #[inline(always)]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves the features.
+        unsafe { enter(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        op!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F {
+        // SAFETY: `x` is 64 readable bytes; the load needs no alignment.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, v: Self::F, y: &mut [f32; LANES]) {
+        // SAFETY: `y` is 64 writable bytes; the store needs no alignment.
+        unsafe { _mm512_storeu_ps(y.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u8; 2 * LANES]) -> Self::F {
+        // SAFETY: `x` is 32 readable bytes; the load needs no alignment.
+        unsafe {
+            let x = _mm256_loadu_si256(x.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x)))
+        }
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[u8; 2 * LANES]) -> Self::F {
+        // SAFETY: `x` is 32 readable bytes; the load needs no alignment.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn load_f32(self, x: &[u8; 4 * LANES]) -> Self::F {
+        // SAFETY: `x` is 64 readable bytes; the load needs no alignment.
+        unsafe { _mm512_loadu_ps(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {
+        // SAFETY: `y` is 32 writable bytes; the store needs no alignment.
+        unsafe {
+            let h = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
+            _mm256_storeu_si256(y.as_mut_ptr().cast(), h);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        op!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        op!(_mm512_abs_ps(a))
+    }
+    #[inline(always)]
+    fn select_gt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
+        op!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x))
+    }
+    #[inline(always)]
+    fn sum(self, a: Self::F) -> f32 {
+        op!(_mm512_reduce_add_ps(a))
+    }
+    #[inline(always)]
+    fn largest(self, a: Self::F) -> f32 {
+        op!(_mm512_reduce_max_ps(a))
+    }
+
+    #[inline(always)]
+    fn to_i32(self, a: Self::F) -> Self::I {
+        op!(_mm512_cvtps_epi32(a))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: Self::I) -> Self::F {
+        op!(_mm512_cvtepi32_ps(a))
+    }
+    #[inline(always)]
+    fn exp2i(self, n: Self::I) -> Self::F {
+        op!({
+            let biased = _mm512_add_epi32(n, _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+        })
+    }
+    #[inline(always)]
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        op!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn sum_i32(self, a: Self::I) -> i32 {
+        op!(_mm512_reduce_add_epi32(a))
+    }
+    #[inline(always)]
+    fn store_i32(self, a: Self::I, y: &mut [i32; LANES]) {
+        // SAFETY: `y` is 64 writable bytes; the store needs no alignment.
+        unsafe { _mm512_storeu_si512(y.as_mut_ptr().cast(), a) }
+    }
+    #[inline(always)]
+    fn store_i8(self, a: Self::I, y: &mut [i8; LANES]) {
+        // SAFETY: `y` is 16 writable bytes; the store needs no alignment.
+        unsafe { _mm_storeu_si128(y.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a)) }
+    }
+
+    #[inline(always)]
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::B {
+        // SAFETY: `x` is 64 readable bytes; the load needs no alignment.
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, b: Self::B) -> Self::B {
+        op!(_mm512_and_si512(b, _mm512_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: Self::B) -> Self::B {
+        op!(_mm512_and_si512(_mm512_srli_epi16::<4>(b), _mm512_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn splat_bytes(self, x: [i8; 4]) -> Self::X {
+        op!(_mm512_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))))
+    }
+    #[inline(always)]
+    fn zero_nibbles(self) -> Self::N {
+        op!(_mm512_setzero_si512())
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, acc: Self::N, codes: Self::B, x: Self::X) -> Self::N {
+        op!(_mm512_dpbusd_epi32(acc, codes, x))
+    }
+    #[inline(always)]
+    fn end_nibbles(self, acc: Self::N, start: i32) -> Self::I {
+        op!(_mm512_add_epi32(acc, _mm512_set1_epi32(start)))
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> Self::I {
+        op!(_mm512_set1_epi32(x))
+    }
+    #[inline(always)]
+    fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
+        op!(_mm512_dpbusd_epi32(acc, codes, x))
+    }
+    #[inline(always)]
+    fn prefetch(self, x: &[u8], at: usize) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }
+    }
+}

@@ -1,0 +1,206 @@
+//! What a kernel may ask of a CPU.
+//!
+//! A kernel is written once, over [`Isa`]: vectors of 16 `f32` lanes, whatever number of registers
+//! they take, and dot products of bytes in groups of four. One file per instruction set implements
+//! it. A value of an instruction set's type is the proof that the machine has it: [`Cpu::all`]
+//! hands out only those that were detected.
+//!
+//! A kernel is a struct of its arguments that implements [`Kernel`]; [`Cpu::run`] enters it through
+//! one function that has the instruction set enabled. Everything in between is
+//! `#[inline(always)]`: a function that is not inlined is compiled without the instruction set.
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+pub use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub use {avx2::Avx2, avx512::Avx512};
+
+use crate::error::{Error, Result};
+
+/// Lanes of a vector, rows of a panel, columns of a block of recurrent state.
+pub const LANES: usize = 16;
+
+/// One instruction set.
+pub trait Isa: Copy + Send + Sync + 'static {
+    /// Tokens of a tile in a quantised matrix product: as many as the registers hold.
+    const TILE_TOKENS: usize;
+    /// Rows and tokens of a tile in a float matrix product.
+    const FLOAT_TILE: (usize, usize);
+    /// What to add to a byte of `dot_bytes` to get the code it stands for: such a product is
+    /// sum((code - 128 + BYTE_BIAS) x).
+    const BYTE_BIAS: i32;
+
+    /// 16 `f32`.
+    type F: Copy;
+    /// 16 `i32`.
+    type I: Copy;
+    /// 64 bytes: four consecutive ones for each of the 16 lanes.
+    type B: Copy;
+    /// Four signed bytes, the same for each lane.
+    type X: Copy;
+    /// Running dot products of codes up to 15 with signed bytes, at most 32 of them a lane.
+    type N: Copy;
+
+    /// Runs a kernel with the instruction set enabled.
+    fn run<K: Kernel>(self, kernel: K) -> K::Output;
+
+    fn splat(self, x: f32) -> Self::F;
+    fn load(self, x: &[f32; LANES]) -> Self::F;
+    fn store(self, v: Self::F, y: &mut [f32; LANES]);
+    /// 16 bfloat16, little-endian.
+    fn load_bf16(self, x: &[u8; 2 * LANES]) -> Self::F;
+    /// 16 IEEE half floats, little-endian.
+    fn load_f16(self, x: &[u8; 2 * LANES]) -> Self::F;
+    /// 16 `f32`, little-endian, at any address.
+    fn load_f32(self, x: &[u8; 4 * LANES]) -> Self::F;
+    /// Rounds to nearest even; the inverse of `load_f16` on its values.
+    fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]);
+
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a b + c; one rounding where the CPU has it.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    fn abs(self, a: Self::F) -> Self::F;
+    /// Where a > b: x, elsewhere y.
+    fn select_gt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
+    /// Sum over the lanes.
+    fn sum(self, a: Self::F) -> f32;
+    /// Largest lane.
+    fn largest(self, a: Self::F) -> f32;
+
+    /// Rounds to nearest even. The values must fit an `i32`.
+    fn to_i32(self, a: Self::F) -> Self::I;
+    fn to_f32(self, a: Self::I) -> Self::F;
+    /// 2^n for n in -126..=127.
+    fn exp2i(self, n: Self::I) -> Self::F;
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    fn sum_i32(self, a: Self::I) -> i32;
+    fn store_i32(self, a: Self::I, y: &mut [i32; LANES]);
+    /// The lanes as signed bytes. They must fit.
+    fn store_i8(self, a: Self::I, y: &mut [i8; LANES]);
+
+    fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::B;
+    fn low_nibbles(self, b: Self::B) -> Self::B;
+    fn high_nibbles(self, b: Self::B) -> Self::B;
+    fn splat_bytes(self, x: [i8; 4]) -> Self::X;
+    fn zero_nibbles(self) -> Self::N;
+    /// acc + sum of codes x over the four bytes of each lane, codes up to 15.
+    fn dot_nibbles(self, acc: Self::N, codes: Self::B, x: Self::X) -> Self::N;
+    /// The running products plus `start`.
+    fn end_nibbles(self, acc: Self::N, start: i32) -> Self::I;
+    fn splat_i32(self, x: i32) -> Self::I;
+    /// acc + sum of (code - 128 + BYTE_BIAS) x over the four bytes of each lane.
+    fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I;
+    /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
+    fn prefetch(self, x: &[u8], at: usize);
+}
+
+/// A computation that runs on any instruction set. `run` must be `#[inline(always)]`.
+pub trait Kernel {
+    type Output;
+    fn run<S: Isa>(self, s: S) -> Self::Output;
+}
+
+/// An instruction set that this machine has.
+#[derive(Clone, Copy)]
+pub enum Cpu {
+    Portable(Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2<false>),
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni(Avx2<true>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+/// Runs `$body` with `$s` bound to the instruction set of `$cpu`.
+macro_rules! dispatch {
+    ($cpu:expr, $s:ident => $body:expr) => {
+        match $cpu {
+            Cpu::Portable($s) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx2($s) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Cpu::AvxVnni($s) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx512($s) => $body,
+        }
+    };
+}
+
+impl Cpu {
+    /// All instruction sets of this machine, best first.
+    pub fn all() -> Vec<Cpu> {
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx512::detect().map(Cpu::Avx512));
+            all.extend(Avx2::<true>::detect().map(Cpu::AvxVnni));
+            all.extend(Avx2::<false>::detect().map(Cpu::Avx2));
+        }
+        all.push(Cpu::Portable(Portable));
+        all
+    }
+
+    /// The best instruction set of this machine.
+    pub fn best() -> Cpu {
+        Cpu::all()[0]
+    }
+
+    /// The instruction set called `name`, or an error that lists what the machine has.
+    pub fn named(name: &str) -> Result<Cpu> {
+        let all = Cpu::all();
+        all.iter().copied().find(|cpu| cpu.name() == name).ok_or_else(|| {
+            let names: Vec<_> = all.iter().map(|cpu| cpu.name()).collect();
+            Error::Argument(format!(
+                "instruction set `{name}` is not available here, this machine has: {}",
+                names.join(", ")
+            ))
+        })
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Cpu::Portable(_) => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Cpu::AvxVnni(_) => "avxvnni",
+            #[cfg(target_arch = "x86_64")]
+            Cpu::Avx512(_) => "avx512",
+        }
+    }
+
+    /// Runs a kernel on this instruction set.
+    #[inline]
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        dispatch!(self, s => s.run(kernel))
+    }
+
+    /// Tokens of a tile in a quantised matrix product.
+    pub fn tile_tokens(self) -> usize {
+        struct Ask;
+        impl Kernel for Ask {
+            type Output = usize;
+            #[inline(always)]
+            fn run<S: Isa>(self, _: S) -> usize {
+                S::TILE_TOKENS
+            }
+        }
+        self.run(Ask)
+    }
+}
+
+impl std::fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
