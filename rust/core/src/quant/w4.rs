@@ -14,7 +14,8 @@ use super::{BLOCK_STEPS, GROUP, GROUP_STEPS, Packed};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
-const SCALE_BYTES: usize = 4 * LANES;
+/// Bytes of the scales at the start of a block.
+pub const SCALE_BYTES: usize = 4 * LANES;
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = SCALE_BYTES + 8 * 4 * LANES;
 const ZERO: i32 = 8;

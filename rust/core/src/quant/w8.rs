@@ -7,11 +7,11 @@
 //!
 //! weight = scale (code - 128), with codes 1..=255: a step saturates nowhere (see `simd::avx2`).
 
+use super::w4::SCALE_BYTES;
 use super::{BLOCK_STEPS, GROUP, GROUP_STEPS, Packed};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
-const SCALE_BYTES: usize = 4 * LANES;
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = SCALE_BYTES + BLOCK_STEPS * 4 * LANES;
 const ZERO: i32 = 128;

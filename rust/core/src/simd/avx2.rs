@@ -60,6 +60,8 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     // Three integer and three float accumulators of two registers leave 4 of 16.
     const TILE_TOKENS: usize = 3;
     const FLOAT_TILE: (usize, usize) = (2, 3);
+    const REGISTERS: usize = 8;
+    const DELTA_TOKENS: usize = 2;
     const BYTE_BIAS: i32 = if VNNI { 128 } else { 0 };
 
     type F = [__m256; 2];
@@ -124,7 +126,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {
         // SAFETY: `y` is 32 writable bytes; the stores need no alignment.
         unsafe {
-            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
             _mm_storeu_si128(y.as_mut_ptr().cast(), _mm256_cvtps_ph::<NEAREST>(v[0]));
             _mm_storeu_si128(y.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<NEAREST>(v[1]));
         }
@@ -254,7 +256,8 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
     #[inline(always)]
     fn high_nibbles(self, b: Self::B) -> Self::B {
-        self.low_nibbles(op!([_mm256_srli_epi16::<4>(b[0]), _mm256_srli_epi16::<4>(b[1])]))
+        let high = op!([_mm256_srli_epi16::<4>(b[0]), _mm256_srli_epi16::<4>(b[1])]);
+        self.low_nibbles(high)
     }
     #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
@@ -294,8 +297,10 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             let one = op!(_mm256_set1_epi16(1));
             let w = both!(_mm256_xor_si256(codes, [flip; 2]));
             let signed = both!(_mm256_sign_epi8([x; 2], w));
-            let pairs = both!(_mm256_maddubs_epi16(both!(_mm256_abs_epi8(w)), signed));
-            self.add_i32(acc, both!(_mm256_madd_epi16(pairs, [one; 2])))
+            let size = both!(_mm256_abs_epi8(w));
+            let pairs = both!(_mm256_maddubs_epi16(size, signed));
+            let products = both!(_mm256_madd_epi16(pairs, [one; 2]));
+            self.add_i32(acc, products)
         }
     }
     #[inline(always)]

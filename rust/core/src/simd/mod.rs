@@ -30,6 +30,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const TILE_TOKENS: usize;
     /// Rows and tokens of a tile in a float matrix product.
     const FLOAT_TILE: (usize, usize);
+    /// Vectors that the registers hold.
+    const REGISTERS: usize;
+    /// Tokens that one pass over a block of recurrent state takes.
+    const DELTA_TOKENS: usize;
     /// What to add to a byte of `dot_bytes` to get the code it stands for: such a product is
     /// sum((code - 128 + BYTE_BIAS) x).
     const BYTE_BIAS: i32;

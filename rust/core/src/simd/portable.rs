@@ -26,6 +26,8 @@ fn dot4(codes: &[u8; 4 * LANES], lane: usize, x: [i8; 4], offset: i32) -> i32 {
 impl Isa for Portable {
     const TILE_TOKENS: usize = 4;
     const FLOAT_TILE: (usize, usize) = (2, 2);
+    const REGISTERS: usize = 8;
+    const DELTA_TOKENS: usize = 2;
     const BYTE_BIAS: i32 = 0;
 
     type F = [f32; LANES];

@@ -1,0 +1,172 @@
+"""The compiled core as Python sees it. It knows tokens and numbers, no text.
+
+Everything here releases the interpreter lock while it works. Errors are the classes of
+`qdelta.errors`. int32 and float32 arrays must be contiguous; returned arrays are copies.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Checkpoint:
+    """An opened and validated checkpoint: a folder, or one converted file.
+
+    Only headers are read. Raises FileError (naming file and tensor, expected and found),
+    UnsupportedError or FileAccessError.
+    """
+
+    def __new__(cls, path: str) -> Checkpoint: ...
+    @property
+    def config_json(self) -> str:
+        """The text of config.json."""
+
+    @property
+    def quant(self) -> str:
+        """"none" for the file's own precision, "w8" or "w4" for a converted file."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Entries of a converted file ("qdelta.version", "qdelta.recipe", ...); else empty."""
+
+    def attachment(self, name: str) -> bytes | None:
+        """The content of a file carried inside a converted file, None if it has none of it."""
+
+    def sources(self) -> list[tuple[str, int, int]]:
+        """(name, bytes, modification time in ns) of the files; of a converted file, those it
+        was made from."""
+
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, str]]:
+        """(canonical name, dtype or format, shape, bytes, file) of every tensor."""
+
+def convert(
+    source: Checkpoint,
+    out: str,
+    *,
+    quant: str,
+    attachments: list[tuple[str, str]],
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write `source` as one file in the format `quant` ("w8" or "w4").
+
+    attachments: (name, path) of files to carry along. progress is called with (bytes done,
+    bytes in all). The file appears under its name only when complete; Ctrl-C leaves nothing.
+    """
+
+class Model:
+    """Weights and their arithmetic; immutable, to be shared by any number of threads."""
+
+    def __new__(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        kv: str = "auto",
+        isa: str | None = None,
+    ) -> Model: ...
+    @staticmethod
+    def synthetic(
+        config_json: str,
+        *,
+        quant: str,
+        seed: int = 0,
+        context: int | None = None,
+        threads: int | None = None,
+        kv: str = "auto",
+        isa: str | None = None,
+    ) -> Model:
+        """A model of random weights at the shapes of `config_json`, for measurements."""
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use, one of `instruction_sets()`."""
+
+    @property
+    def threads(self) -> int: ...
+    @property
+    def kv(self) -> str:
+        """Element type of the KV cache: "f16" or "f32"."""
+
+    @property
+    def quant(self) -> str:
+        """"none", "w8" or "w4"."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that a session can hold."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of a row of logits, padded rows included."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decoded token reads: trunk and head."""
+
+    def memory_plan(self, context: int) -> dict[str, int]:
+        """Bytes by purpose, "weights", "kv", "state", "scratch", for a session of `context`."""
+
+    def session(self) -> Session:
+        """A new, empty timeline."""
+
+class Session:
+    """One timeline of tokens with its KV cache and recurrent states. Thread safe."""
+
+    @property
+    def n_tokens(self) -> int: ...
+    def tokens(self) -> NDArray[np.int32]:
+        """All tokens fed so far. int32 [n_tokens]."""
+
+    def feed(self, tokens: NDArray[np.int32], logits: str = "last") -> None:
+        """Append tokens.
+
+        tokens: int32 [n]. logits: which rows go through the head, "none", "last" or "all".
+        Raises ContextError or ArgumentError (ids outside the vocabulary) before anything changes.
+        """
+
+    def logits(self) -> NDArray[np.float32]:
+        """The rows that the last feed kept. float32 [rows, vocab]."""
+
+    def gather(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Entries `ids` of the last row. int32 [n] -> float32 [n]."""
+
+    def candidates(
+        self,
+        k: int,
+        *,
+        limit: int,
+        ids: NDArray[np.int32],
+        values: NDArray[np.float32],
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The k largest entries of the last row among ids below `limit`, largest first.
+
+        Entries `ids` count as `values` (int32, float32 [n]); the row itself is left as it was.
+        Equal entries: the smaller id comes first. Returns ids and values, [min(k, limit)] each.
+        """
+
+    def snapshot(self) -> Snapshot:
+        """The exact state, to return to later."""
+
+    def restore(self, snapshot: Snapshot) -> None: ...
+    def reset(self) -> None:
+        """Back to an empty timeline."""
+
+    def trace(self, tokens: NDArray[np.int32]) -> dict[str, NDArray[np.float32]]:
+        """Feed, and return the values between the layers by name; for tests and study."""
+
+    def state(self, layer: int) -> dict[str, NDArray[np.float32]]:
+        """State of one layer: "conv" [channels, kernel - 1] and "recurrent" [h_v, d_k, d_v],
+        or "key" and "value" [h_kv, n_tokens, head_dim]."""
+
+class Snapshot:
+    """A saved state of a session of the same model."""
+
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that this machine can run, best first."""

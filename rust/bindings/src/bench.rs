@@ -1,0 +1,47 @@
+//! Kernels on their own, for benchmarks.
+
+use pyo3::prelude::*;
+
+#[pymodule]
+pub mod kernels {
+    use crate::error::{detached, exception};
+    use pyo3::prelude::*;
+    use qdelta_core::simd::Cpu;
+    use qdelta_core::{Error, bench};
+
+    /// Seconds for `repeats` products of a random [rows, cols] matrix with `tokens` rows.
+    ///
+    /// format: bf16, f16, f32, w8 or w4.
+    #[pyfunction]
+    fn matmul(
+        py: Python<'_>,
+        isa: &str,
+        format: &str,
+        rows: usize,
+        cols: usize,
+        tokens: usize,
+        repeats: usize,
+    ) -> PyResult<f64> {
+        let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
+        detached(py, || {
+            let format = bench::format_named(format)?;
+            if rows == 0 || cols == 0 || tokens == 0 {
+                return Err(Error::Argument("rows, cols and tokens are at least 1".into()));
+            }
+            Ok(bench::matmul(cpu, format, rows, cols, tokens, repeats).as_secs_f64())
+        })
+    }
+
+    /// Seconds for `repeats` steps of `tokens` tokens on `heads` states of 128 x 128.
+    #[pyfunction]
+    fn delta_rule(
+        py: Python<'_>,
+        isa: &str,
+        heads: usize,
+        tokens: usize,
+        repeats: usize,
+    ) -> PyResult<f64> {
+        let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
+        detached(py, || Ok(bench::delta_rule(cpu, heads, tokens, repeats).as_secs_f64()))
+    }
+}

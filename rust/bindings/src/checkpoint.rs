@@ -1,0 +1,98 @@
+//! Checkpoints and their conversion.
+
+use crate::error::{detached, exception};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use qdelta_core::model::checkpoint;
+use qdelta_core::{Error, convert as core_convert};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A checkpoint folder or a converted file, opened and validated.
+#[pyclass(frozen, module = "qdelta._native")]
+pub struct Checkpoint {
+    pub inner: Arc<checkpoint::Checkpoint>,
+}
+
+#[pymethods]
+impl Checkpoint {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
+        let inner = detached(py, || checkpoint::Checkpoint::open(&path))?;
+        Ok(Checkpoint { inner: Arc::new(inner) })
+    }
+
+    #[getter]
+    fn config_json(&self) -> &str {
+        &self.inner.config_json
+    }
+
+    #[getter]
+    fn quant(&self) -> String {
+        self.inner.quant.to_string()
+    }
+
+    #[getter]
+    fn metadata(&self) -> BTreeMap<String, String> {
+        self.inner.metadata().clone()
+    }
+
+    fn attachment<'py>(&self, py: Python<'py>, name: &str) -> Option<Bound<'py, PyBytes>> {
+        self.inner.attachment(name).map(|bytes| PyBytes::new(py, &bytes))
+    }
+
+    fn sources(&self) -> Vec<(String, u64, u64)> {
+        let sources = self.inner.sources().iter();
+        sources.map(|s| (s.name.clone(), s.bytes, s.modified_ns)).collect()
+    }
+
+    fn tensors(&self) -> Vec<(String, String, Vec<usize>, usize, String)> {
+        self.inner.listing()
+    }
+}
+
+/// Writes a converted file.
+#[pyfunction]
+#[pyo3(signature = (source, out, *, quant, attachments, threads=None, progress=None))]
+pub fn convert(
+    py: Python<'_>,
+    source: &Checkpoint,
+    out: PathBuf,
+    quant: &str,
+    attachments: Vec<(String, PathBuf)>,
+    threads: Option<usize>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<()> {
+    let quant = quant.parse().map_err(|error| exception(py, error))?;
+    // Python is asked this often whether to stop, and told how far the work is.
+    const INTERVAL: Duration = Duration::from_millis(50);
+    let mut last = Instant::now();
+    let mut raised = None;
+    let mut report = |done: u64, total: u64| {
+        if last.elapsed() < INTERVAL && done < total {
+            return true;
+        }
+        last = Instant::now();
+        let result = Python::attach(|py| {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |p| p.call1(py, (done, total)).map(drop))
+        });
+        raised = result.err();
+        raised.is_none()
+    };
+    let result = py.detach(|| {
+        core_convert::convert(&source.inner, quant, &out, &attachments, threads, &mut report)
+    });
+    match (result, raised) {
+        (Err(Error::Interrupted), Some(raised)) => Err(raised),
+        (result, _) => result.map_err(|error| exception(py, error)),
+    }
+}
+
+/// Recomputes the hash of a converted file; an exception if it is not the recorded one.
+#[pyfunction]
+pub fn verify(py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    detached(py, || core_convert::verify(&path))
+}

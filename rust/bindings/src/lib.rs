@@ -1,0 +1,31 @@
+//! Python bindings: conversion of arguments and results, exceptions, releasing the GIL. No
+//! arithmetic happens here.
+
+mod bench;
+mod checkpoint;
+mod error;
+mod model;
+mod session;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _native {
+    use pyo3::prelude::*;
+    use qdelta_core::simd::Cpu;
+
+    #[pymodule_export]
+    use super::bench::kernels;
+    #[pymodule_export]
+    use super::checkpoint::{Checkpoint, convert, verify};
+    #[pymodule_export]
+    use super::model::Model;
+    #[pymodule_export]
+    use super::session::{Session, Snapshot};
+
+    /// Instruction sets that this machine can run, best first.
+    #[pyfunction]
+    fn instruction_sets() -> Vec<&'static str> {
+        Cpu::all().into_iter().map(Cpu::name).collect()
+    }
+}

@@ -1,0 +1,131 @@
+//! Loaded models.
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{detached, exception};
+use crate::session::Session;
+use pyo3::prelude::*;
+use qdelta_core::Error;
+use qdelta_core::model::config::Config;
+use qdelta_core::model::forward::{Model as CoreModel, Options};
+use qdelta_core::model::synthetic::Synthetic;
+use qdelta_core::quant::Format;
+use qdelta_core::simd::Cpu;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Weights bound to the layers that read them, and the threads that do.
+#[pyclass(frozen, module = "qdelta._native")]
+pub struct Model {
+    pub inner: Arc<CoreModel>,
+}
+
+fn options(
+    context: Option<usize>,
+    threads: Option<usize>,
+    kv: &str,
+    isa: Option<&str>,
+) -> qdelta_core::Result<Options> {
+    let kv = match kv {
+        "auto" => None,
+        "f16" => Some(Format::F16),
+        "f32" => Some(Format::F32),
+        _ => {
+            return Err(Error::Argument(format!("kv is `{kv}`, expected one of: auto, f16, f32")));
+        }
+    };
+    Ok(Options { context, threads, kv, cpu: isa.map(Cpu::named).transpose()? })
+}
+
+#[pymethods]
+impl Model {
+    #[new]
+    #[pyo3(signature = (checkpoint, *, context=None, threads=None, kv="auto", isa=None))]
+    fn new(
+        py: Python<'_>,
+        checkpoint: &Checkpoint,
+        context: Option<usize>,
+        threads: Option<usize>,
+        kv: &str,
+        isa: Option<&str>,
+    ) -> PyResult<Model> {
+        let options = options(context, threads, kv, isa).map_err(|error| exception(py, error))?;
+        let checkpoint = checkpoint.inner.clone();
+        let inner = detached(py, || {
+            CoreModel::new(checkpoint.config.clone(), checkpoint.quant, checkpoint, options)
+        })?;
+        Ok(Model { inner: Arc::new(inner) })
+    }
+
+    /// A model of the config's shape with random weights.
+    #[staticmethod]
+    #[pyo3(signature = (config_json, *, quant, seed=0, context=None, threads=None, kv="auto", isa=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn synthetic(
+        py: Python<'_>,
+        config_json: &str,
+        quant: &str,
+        seed: u64,
+        context: Option<usize>,
+        threads: Option<usize>,
+        kv: &str,
+        isa: Option<&str>,
+    ) -> PyResult<Model> {
+        let options = options(context, threads, kv, isa).map_err(|error| exception(py, error))?;
+        let inner = detached(py, || {
+            let quant = quant.parse()?;
+            let config = Config::from_json(config_json, "config.json")?;
+            let source = Arc::new(Synthetic::new(&config, quant, seed)?);
+            CoreModel::new(config, quant, source, options)
+        })?;
+        Ok(Model { inner: Arc::new(inner) })
+    }
+
+    #[getter]
+    fn isa(&self) -> &str {
+        self.inner.cpu.name()
+    }
+
+    #[getter]
+    fn threads(&self) -> usize {
+        self.inner.threads()
+    }
+
+    #[getter]
+    fn kv(&self) -> &str {
+        self.inner.kv.name()
+    }
+
+    #[getter]
+    fn quant(&self) -> String {
+        self.inner.quant.to_string()
+    }
+
+    #[getter]
+    fn context(&self) -> usize {
+        self.inner.context
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.inner.config.vocab_size
+    }
+
+    #[getter]
+    fn weight_bytes(&self) -> usize {
+        self.inner.weight_bytes()
+    }
+
+    fn memory_plan(&self, context: usize) -> BTreeMap<&'static str, usize> {
+        let plan = self.inner.memory_plan(context);
+        BTreeMap::from([
+            ("weights", plan.weights),
+            ("kv", plan.kv),
+            ("state", plan.state),
+            ("scratch", plan.scratch),
+        ])
+    }
+
+    fn session(&self) -> Session {
+        Session::new(self.inner.clone())
+    }
+}

@@ -1,0 +1,60 @@
+//! What can go wrong, in the words of the caller's world: files, tensors, arguments.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+#[derive(Debug)]
+pub enum Error {
+    /// The system refused to read or write a file.
+    Io { path: PathBuf, source: io::Error },
+    /// A file is malformed, or disagrees with another. Names file, tensor, expected, found.
+    File(String),
+    /// A file is well-formed and asks for something that this program does not do.
+    Unsupported(String),
+    /// An argument is out of its range.
+    Argument(String),
+    /// More tokens than the context holds.
+    Context { needed: usize, available: usize },
+    /// The system has no more memory.
+    Memory { bytes: usize },
+    /// The caller asked to stop.
+    Interrupted,
+    /// A defect of this program, caught before it could do harm.
+    Internal(String),
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn io(path: &Path, source: io::Error) -> Error {
+        Error::Io { path: path.to_owned(), source }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Error::File(text) | Error::Unsupported(text) | Error::Argument(text) => {
+                f.write_str(text)
+            }
+            Error::Context { needed, available } => write!(
+                f,
+                "the tokens do not fit the context: {needed} needed, {available} available"
+            ),
+            Error::Memory { bytes } => write!(f, "out of memory: {bytes} bytes were refused"),
+            Error::Interrupted => f.write_str("interrupted"),
+            Error::Internal(text) => write!(f, "internal error: {text}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Io { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}

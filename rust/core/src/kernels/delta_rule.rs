@@ -1,0 +1,442 @@
+//! Gated delta rule (Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464).
+//!
+//! For each value head, with state S [d_k, d_v], per token:
+//!
+//!     S <- exp(g) S;  e = beta (v - S^T k);  S <- S + k e^T;  y = S^T q
+//!
+//! S is stored in blocks of 16 columns, [d_v / 16, d_k, 16]: columns are independent, a block stays
+//! in the first-level cache for all tokens of a call, and no product needs a horizontal sum.
+//!
+//! The update is deferred. A pass over a block takes the next chunk of up to
+//! [`Isa::DELTA_TOKENS`] tokens: it adds the previous chunk's update to each row while it reads S
+//! for this chunk, so that S is read and written once. With G_t = g_1 + .. + g_t inside a chunk,
+//!
+//!     e_t = beta_t (v_t - exp(G_t) S^T k_t - sum_{s<t} exp(G_t - G_s) (k_t . k_s) e_s)
+//!     y_t = exp(G_t) S^T q_t + sum_{s<=t} exp(G_t - G_s) (q_t . k_s) e_s
+//!     S  <- exp(G_A) S + sum_s exp(G_A - G_s) k_s e_s^T                  (with the next pass)
+//!
+//! q and k arrive normalised, q scaled by d_k^(-1/2). All arithmetic is f32.
+
+use super::{dot, load_some, store_some};
+use crate::simd::{Isa, LANES};
+
+/// The most tokens in a chunk, on any instruction set.
+pub const MAX_CHUNK: usize = 4;
+
+/// Columns of state that a value head's rows are padded to.
+pub fn padded(d_v: usize) -> usize {
+    d_v.next_multiple_of(LANES)
+}
+
+/// Keys and queries of some tokens of one key head, as each of its value heads reads them.
+#[derive(Clone, Default)]
+pub struct KeyQueries {
+    chunks: Vec<Chunk>,
+    d_k: usize,
+}
+
+#[derive(Clone, Default)]
+struct Chunk {
+    tokens: usize,
+    /// [d_k, 2, tokens]: a row's keys, then its queries.
+    rows: Vec<f32>,
+    /// k_t . k_s and q_t . k_s.
+    kk: [[f32; MAX_CHUNK]; MAX_CHUNK],
+    qk: [[f32; MAX_CHUNK]; MAX_CHUNK],
+}
+
+impl KeyQueries {
+    /// Takes normalised keys and queries. q, k: [tokens, d_k].
+    #[inline(always)]
+    pub fn fill_isa<S: Isa>(&mut self, s: S, d_k: usize, q: &[f32], k: &[f32]) {
+        self.d_k = d_k;
+        let tokens = k.len() / d_k;
+        self.chunks.resize_with(tokens.div_ceil(S::DELTA_TOKENS), Chunk::default);
+        for (c, chunk) in self.chunks.iter_mut().enumerate() {
+            let first = c * S::DELTA_TOKENS;
+            let n = S::DELTA_TOKENS.min(tokens - first);
+            chunk.tokens = n;
+            chunk.rows.resize(2 * n * d_k, 0.0);
+            for t in 0..n {
+                let (kt, qt) = (&k[(first + t) * d_k..][..d_k], &q[(first + t) * d_k..][..d_k]);
+                for (row, (k, q)) in chunk.rows.chunks_exact_mut(2 * n).zip(kt.iter().zip(qt)) {
+                    row[t] = *k;
+                    row[n + t] = *q;
+                }
+                for u in 0..=t {
+                    let ku = &k[(first + u) * d_k..][..d_k];
+                    chunk.kk[t][u] = dot(s, kt, ku);
+                    chunk.qk[t][u] = dot(s, qt, ku);
+                }
+            }
+        }
+    }
+}
+
+/// The keys of the tokens that the state of a key head's value heads does not hold yet.
+#[derive(Clone, Default)]
+pub struct PendingKeys {
+    tokens: usize,
+    rows: Vec<f32>, // [d_k, 2, tokens], as in a chunk
+}
+
+impl PendingKeys {
+    /// To be called when all value heads have taken `next`.
+    pub fn advance(&mut self, next: &KeyQueries) {
+        if let Some(last) = next.chunks.last() {
+            self.tokens = last.tokens;
+            self.rows.clone_from(&last.rows);
+        }
+    }
+
+    /// To be called when all value heads have committed.
+    pub fn clear(&mut self) {
+        self.tokens = 0;
+        self.rows.clear();
+    }
+}
+
+/// Recurrent state of one value head.
+#[derive(Clone)]
+pub struct ValueHead {
+    state: Vec<[f32; LANES]>, // [d_v / 16, d_k]
+    /// Update of the pending tokens: exp(G_A - G_s) e_s, [d_v / 16, MAX_CHUNK].
+    pending: Vec<[[f32; LANES]; MAX_CHUNK]>,
+    /// exp(G_A) of the pending tokens.
+    decay: f32,
+}
+
+/// Factors of one chunk that do not depend on the column.
+#[derive(Clone, Copy, Default)]
+struct Factors {
+    decay: [f32; MAX_CHUNK],             // exp(G_t)
+    kk: [[f32; MAX_CHUNK]; MAX_CHUNK],   // exp(G_t - G_s) k_t . k_s
+    qk: [[f32; MAX_CHUNK]; MAX_CHUNK],   // exp(G_t - G_s) q_t . k_s
+    rest: [f32; MAX_CHUNK],              // exp(G_T - G_s)
+}
+
+impl Factors {
+    /// gates: (g, beta) of the chunk's tokens.
+    fn new(chunk: &Chunk, gates: &[(f32, f32)]) -> Factors {
+        let mut f = Factors::default();
+        let mut product = 1.0;
+        let mut since = [0.0; MAX_CHUNK]; // exp(G_t - G_s)
+        for t in 0..chunk.tokens {
+            let decay = gates[t].0.exp();
+            product *= decay;
+            since[..t].iter_mut().for_each(|x| *x *= decay);
+            since[t] = 1.0;
+            f.decay[t] = product;
+            for s in 0..=t {
+                f.kk[t][s] = since[s] * chunk.kk[t][s];
+                f.qk[t][s] = since[s] * chunk.qk[t][s];
+            }
+        }
+        f.rest = since;
+        f
+    }
+}
+
+impl ValueHead {
+    /// The zero state.
+    pub fn new(d_k: usize, d_v: usize) -> ValueHead {
+        let blocks = padded(d_v) / LANES;
+        ValueHead {
+            state: vec![[0.0; LANES]; blocks * d_k],
+            pending: vec![[[0.0; LANES]; MAX_CHUNK]; blocks],
+            decay: 1.0,
+        }
+    }
+
+    /// Takes some tokens.
+    ///
+    /// next: their keys and queries; before: the pending keys from earlier; gates: (g, beta) per
+    /// token; v, y: rows of `v_stride` and `y_stride`, of which the first d_v elements count.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    pub fn step_isa<S: Isa>(
+        &mut self,
+        s: S,
+        next: &KeyQueries,
+        before: &PendingKeys,
+        gates: &[(f32, f32)],
+        d_v: usize,
+        v: &[f32],
+        v_stride: usize,
+        y: &mut [f32],
+        y_stride: usize,
+    ) {
+        const MAX_CHUNKS: usize = MAX_TOKENS;
+        let d_k = next.d_k;
+        assert!(next.chunks.len() <= MAX_CHUNKS);
+        let mut factors = [Factors::default(); MAX_CHUNKS];
+        let mut first = 0;
+        for (f, chunk) in factors.iter_mut().zip(&next.chunks) {
+            *f = Factors::new(chunk, &gates[first..]);
+            first += chunk.tokens;
+        }
+        // With nothing pending, one token of zeros takes its place.
+        let zeros = [[0.0; 2]; 512];
+        let nothing;
+        let before = if before.tokens == 0 {
+            let rows = match zeros.as_flattened().get(..2 * d_k) {
+                Some(zeros) => zeros,
+                None => {
+                    nothing = vec![0.0; 2 * d_k];
+                    &nothing
+                }
+            };
+            (1, rows)
+        } else {
+            (before.tokens, &before.rows[..])
+        };
+        for (b, pending) in self.pending.iter_mut().enumerate() {
+            let block = &mut self.state[b * d_k..][..d_k];
+            let cols = b * LANES..((b + 1) * LANES).min(d_v);
+            let (mut earlier, mut decay, mut first) = (before, self.decay, 0);
+            for (chunk, f) in next.chunks.iter().zip(&factors) {
+                let mut p = [s.splat(0.0); MAX_CHUNK];
+                let mut o = [s.splat(0.0); MAX_CHUNK];
+                macro_rules! passes {
+                    ($(($a:literal, $t:literal))*) => {
+                        match (earlier.0, chunk.tokens) {
+                            $(($a, $t) if $a <= S::DELTA_TOKENS && $t <= S::DELTA_TOKENS => {
+                                let update = pending[..$a].try_into().expect("a update rows");
+                                pass::<S, $a, $t>(
+                                    s, block, decay, earlier.1, update, &chunk.rows,
+                                    (&mut p[..$t]).try_into().expect("t products"),
+                                    (&mut o[..$t]).try_into().expect("t products"),
+                                )
+                            })*
+                            _ => unreachable!("chunks have 1 to DELTA_TOKENS tokens"),
+                        }
+                    };
+                }
+                passes!((1, 1)(1, 2)(1, 3)(1, 4)(2, 1)(2, 2)(2, 3)(2, 4)
+                        (3, 1)(3, 2)(3, 3)(3, 4)(4, 1)(4, 2)(4, 3)(4, 4));
+                let mut e = [s.splat(0.0); MAX_CHUNK];
+                for t in 0..chunk.tokens {
+                    let row = first + t;
+                    let v = load_some(s, &v[row * v_stride..][cols.clone()]);
+                    let minus_decay = s.splat(-f.decay[t]);
+                    let mut error = s.fma(p[t], minus_decay, v);
+                    let mut out = s.mul(o[t], s.splat(f.decay[t]));
+                    for u in 0..t {
+                        error = s.fma(e[u], s.splat(-f.kk[t][u]), error);
+                        out = s.fma(e[u], s.splat(f.qk[t][u]), out);
+                    }
+                    e[t] = s.mul(error, s.splat(gates[row].1));
+                    out = s.fma(e[t], s.splat(f.qk[t][t]), out);
+                    store_some(s, out, &mut y[row * y_stride..][cols.clone()]);
+                }
+                for t in 0..chunk.tokens {
+                    s.store(s.mul(e[t], s.splat(f.rest[t])), &mut pending[t]);
+                }
+                decay = f.decay[chunk.tokens - 1];
+                earlier = (chunk.tokens, &chunk.rows);
+                first += chunk.tokens;
+            }
+        }
+        if let Some((chunk, f)) = next.chunks.last().zip(factors.get(next.chunks.len() - 1)) {
+            self.decay = f.decay[chunk.tokens - 1];
+        }
+    }
+
+    /// Adds the pending tokens to the state.
+    pub fn commit(&mut self, before: &PendingKeys) {
+        let d_k = self.state.len() / self.pending.len();
+        for (block, pending) in self.state.chunks_exact_mut(d_k).zip(&mut self.pending) {
+            for (i, row) in block.iter_mut().enumerate() {
+                row.iter_mut().for_each(|x| *x *= self.decay);
+                for t in 0..before.tokens {
+                    let k = before.rows[2 * before.tokens * i + t];
+                    row.iter_mut().zip(&pending[t]).for_each(|(x, e)| *x += k * e);
+                }
+            }
+            *pending = [[0.0; LANES]; MAX_CHUNK];
+        }
+        self.decay = 1.0;
+    }
+
+    /// Bytes on the heap.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&self.state[..]) + size_of_val(&self.pending[..])
+    }
+
+    /// The committed state as [d_k, d_v].
+    pub fn matrix(&self, d_v: usize) -> Vec<f32> {
+        let d_k = self.state.len() / self.pending.len();
+        let mut matrix = vec![0.0; d_k * d_v];
+        for (i, row) in matrix.chunks_exact_mut(d_v).enumerate() {
+            for (b, cols) in row.chunks_mut(LANES).enumerate() {
+                cols.copy_from_slice(&self.state[b * d_k + i][..cols.len()]);
+            }
+        }
+        matrix
+    }
+
+    /// Takes the state from [d_k, d_v]. There must be nothing pending.
+    pub fn set_matrix(&mut self, matrix: &[f32], d_v: usize) {
+        let d_k = self.state.len() / self.pending.len();
+        assert_eq!(matrix.len(), d_k * d_v);
+        for (i, row) in matrix.chunks_exact(d_v).enumerate() {
+            for (b, cols) in row.chunks(LANES).enumerate() {
+                self.state[b * d_k + i][..cols.len()].copy_from_slice(cols);
+            }
+        }
+    }
+}
+
+/// The most tokens of one call of [`ValueHead::step_isa`].
+pub const MAX_TOKENS: usize = 32;
+
+/// One pass over a block: adds the update of A earlier tokens to each row, and sums the row times
+/// the keys (p) and queries (o) of T tokens.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn pass<S: Isa, const A: usize, const T: usize>(
+    s: S,
+    block: &mut [[f32; LANES]],
+    decay: f32,
+    earlier: &[f32],
+    update: &[[f32; LANES]; A],
+    next: &[f32],
+    p: &mut [S::F; T],
+    o: &mut [S::F; T],
+) {
+    let decay = s.splat(decay);
+    let mut e = [decay; A];
+    for a in 0..A {
+        e[a] = s.load(&update[a]);
+    }
+    let (mut ps, mut os) = (*p, *o);
+    let earlier: &[[[f32; A]; 2]] = earlier.as_chunks::<A>().0.as_chunks().0;
+    let next: &[[[f32; T]; 2]] = next.as_chunks::<T>().0.as_chunks().0;
+    for ((row, [k_before, _]), [k, q]) in block.iter_mut().zip(earlier).zip(next) {
+        let mut x = s.mul(s.load(row), decay);
+        for a in 0..A {
+            x = s.fma(e[a], s.splat(k_before[a]), x);
+        }
+        s.store(x, row);
+        for t in 0..T {
+            ps[t] = s.fma(x, s.splat(k[t]), ps[t]);
+            os[t] = s.fma(x, s.splat(q[t]), os[t]);
+        }
+    }
+    (*p, *o) = (ps, os);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{assert_close, random};
+    use crate::simd::{Cpu, Kernel};
+
+    struct Step<'a> {
+        d_k: usize,
+        d_v: usize,
+        q: &'a [f32],
+        k: &'a [f32],
+        v: &'a [f32],
+        gates: &'a [(f32, f32)],
+        head: &'a mut ValueHead,
+        pending: &'a mut PendingKeys,
+        y: &'a mut [f32],
+    }
+
+    impl Kernel for Step<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Isa>(self, s: S) {
+            let mut next = KeyQueries::default();
+            next.fill_isa(s, self.d_k, self.q, self.k);
+            let (d_v, gates) = (self.d_v, self.gates);
+            self.head.step_isa(s, &next, self.pending, gates, d_v, self.v, d_v, self.y, d_v);
+            self.pending.advance(&next);
+        }
+    }
+
+    /// The recurrence as it is defined, in f64.
+    struct Twin {
+        d_v: usize,
+        s: Vec<f64>,
+    }
+
+    impl Twin {
+        fn step(&mut self, q: &[f32], k: &[f32], v: &[f32], (g, beta): (f32, f32)) -> Vec<f64> {
+            let d_v = self.d_v;
+            self.s.iter_mut().for_each(|x| *x *= f64::from(g).exp());
+            let read = |s: &[f64], x: &[f32], j: usize| -> f64 {
+                x.iter().enumerate().map(|(i, x)| s[i * d_v + j] * f64::from(*x)).sum()
+            };
+            for j in 0..d_v {
+                let e = f64::from(beta) * (f64::from(v[j]) - read(&self.s, k, j));
+                for (i, k) in k.iter().enumerate() {
+                    self.s[i * d_v + j] += f64::from(*k) * e;
+                }
+            }
+            (0..d_v).map(|j| read(&self.s, q, j)).collect()
+        }
+    }
+
+    fn unit_rows(mut x: Vec<f32>, d: usize) -> Vec<f32> {
+        for row in x.chunks_exact_mut(d) {
+            let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+            row.iter_mut().for_each(|x| *x /= norm);
+        }
+        x
+    }
+
+    #[test]
+    fn any_split_of_the_tokens_matches_the_recurrence() {
+        for cpu in Cpu::all() {
+            for (d_k, d_v) in [(4, 4), (128, 128), (32, 64), (24, 20), (600, 16)] {
+                let tokens = 29;
+                let k = unit_rows(random(tokens * d_k, 1), d_k);
+                let q = unit_rows(random(tokens * d_k, 2), d_k);
+                let v = random(tokens * d_v, 3);
+                let gates: Vec<(f32, f32)> = random(tokens, 4)
+                    .iter()
+                    .enumerate()
+                    .map(|(i, x)| match i % 5 {
+                        0 => (0.0, 1.0),
+                        1 => (-1000.0, 0.5),
+                        _ => (-x.abs(), 0.5 + 0.5 * x),
+                    })
+                    .collect();
+                let mut twin = Twin { d_v, s: vec![0.0; d_k * d_v] };
+                let mut want = Vec::new();
+                for t in 0..tokens {
+                    let row = |x: &[f32], d: usize| x[t * d..(t + 1) * d].to_vec();
+                    want.extend(twin.step(&row(&q, d_k), &row(&k, d_k), &row(&v, d_v), gates[t]));
+                }
+                for split in [vec![29], vec![1; 29], vec![1, 2, 3, 4, 5, 6, 7, 1], vec![3, 26]] {
+                    let mut head = ValueHead::new(d_k, d_v);
+                    let mut pending = PendingKeys::default();
+                    let mut y = vec![f32::NAN; tokens * d_v];
+                    let mut at = 0;
+                    for n in split {
+                        cpu.run(Step {
+                            d_k,
+                            d_v,
+                            q: &q[at * d_k..(at + n) * d_k],
+                            k: &k[at * d_k..(at + n) * d_k],
+                            v: &v[at * d_v..(at + n) * d_v],
+                            gates: &gates[at..at + n],
+                            head: &mut head,
+                            pending: &mut pending,
+                            y: &mut y[at * d_v..(at + n) * d_v],
+                        });
+                        at += n;
+                    }
+                    let what = format!("{cpu:?} {d_k}x{d_v}");
+                    // States stay below 2; each of d_k terms rounds, and the tokens add up.
+                    let bound = |_| 2e-6 * (d_k as f64).sqrt();
+                    assert_close(&y, &want, bound, &what);
+                    head.commit(&pending);
+                    assert_close(&head.matrix(d_v), &twin.s, bound, &what);
+                }
+            }
+        }
+    }
+}

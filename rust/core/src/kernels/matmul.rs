@@ -1,0 +1,369 @@
+//! Matrix products y = W x for a few tokens at a time.
+//!
+//! For each output the order of operations is fixed: packed formats take groups of 32 columns in
+//! order, with an exact integer dot product, one conversion, one multiplication and one addition
+//! each; float formats add 16 lanes in column order and then the lanes. It depends neither on the
+//! number of tokens nor on how the work is cut, so prefill and decode agree to the bit.
+
+use super::load_some;
+use super::quantize::QuantTile;
+use crate::quant::float::{Bf16, F16, F32, Float};
+use crate::quant::w4::W4;
+use crate::quant::w8::W8;
+use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes};
+use crate::simd::{Cpu, Isa, Kernel, LANES};
+use std::marker::PhantomData;
+
+/// Bytes that the weights are asked for ahead of their use, where the arithmetic of many tokens
+/// hides it. With up to three tokens the hardware does better alone.
+const PREFETCH_AHEAD: usize = 4096;
+const PREFETCH_TOKENS: usize = 6;
+
+/// Product of whole panels of a packed matrix with the tokens of a tile.
+///
+/// panels: n panels of `cols` columns; y: [tokens, 16 n]. Panics if the lengths disagree or the
+/// tile holds more tokens than the instruction set takes.
+pub fn packed(cpu: Cpu, format: Format, panels: &[u8], cols: usize, x: &QuantTile, y: &mut [f32]) {
+    let bytes = panel_bytes(format, cols);
+    assert!(panels.len().is_multiple_of(bytes));
+    assert_eq!(y.len(), panels.len() / bytes * PANEL_ROWS * x.tokens());
+    match format {
+        Format::W4 => cpu.run(PackedProduct::<W4> { panels, bytes, x, y, format: PhantomData }),
+        Format::W8 => cpu.run(PackedProduct::<W8> { panels, bytes, x, y, format: PhantomData }),
+        _ => unreachable!("panel_bytes accepts packed formats only"),
+    }
+}
+
+struct PackedProduct<'a, P> {
+    panels: &'a [u8],
+    bytes: usize,
+    x: &'a QuantTile,
+    y: &'a mut [f32],
+    format: PhantomData<P>,
+}
+
+impl<P: Packed> PackedProduct<'_, P> {
+    #[inline(always)]
+    fn tile<S: Isa, const M: usize>(self, s: S) {
+        let width = self.y.len() / M;
+        for (p, panel) in self.panels.chunks_exact(self.bytes).enumerate() {
+            let mut acc = [s.splat(0.0); M];
+            for (i, (block, x)) in P::blocks(panel).iter().zip(self.x.blocks::<M>()).enumerate() {
+                if M >= PREFETCH_TOKENS {
+                    let block = size_of::<P::Block>();
+                    let mut line = 0;
+                    while line < block {
+                        s.prefetch(self.panels, p * self.bytes + i * block + PREFETCH_AHEAD + line);
+                        line += 64;
+                    }
+                }
+                for g in 0..2 {
+                    let scales = P::scales(s, block, g);
+                    let dots = P::dot::<S, M>(s, block, g, x.codes, &x.sums[g]);
+                    for m in 0..M {
+                        let scale = s.mul(scales, s.splat(x.scales[g][m]));
+                        acc[m] = s.fma(s.to_f32(dots[m]), scale, acc[m]);
+                    }
+                }
+            }
+            for m in 0..M {
+                let y = &mut self.y[m * width + p * PANEL_ROWS..];
+                s.store(acc[m], y.first_chunk_mut().expect("a panel of outputs is there"));
+            }
+        }
+    }
+}
+
+impl<P: Packed> Kernel for PackedProduct<'_, P> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) {
+        macro_rules! tiles {
+            ($($m:literal)*) => {
+                match self.x.tokens() {
+                    0 => {}
+                    $($m if $m <= S::TILE_TOKENS => self.tile::<S, $m>(s),)*
+                    m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
+                }
+            };
+        }
+        tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+    }
+}
+
+/// Product of rows of a row-major float matrix with tokens.
+///
+/// w: [rows, cols] in `format`, at any address; x: [tokens, cols]; y: [tokens, rows].
+pub fn float(cpu: Cpu, format: Format, w: &[u8], cols: usize, x: &[f32], y: &mut [f32]) {
+    assert!(cols > 0 && x.len().is_multiple_of(cols));
+    let bytes = format.bytes(1, cols);
+    assert_eq!(w.len() / bytes * (x.len() / cols), y.len());
+    assert!(w.len().is_multiple_of(bytes));
+    match format {
+        Format::Bf16 => cpu.run(FloatProduct::<Bf16> { w, cols, x, y, format: PhantomData }),
+        Format::F16 => cpu.run(FloatProduct::<F16> { w, cols, x, y, format: PhantomData }),
+        Format::F32 => cpu.run(FloatProduct::<F32> { w, cols, x, y, format: PhantomData }),
+        _ => panic!("{} is not a float format", format.name()),
+    }
+}
+
+struct FloatProduct<'a, F> {
+    w: &'a [u8],
+    cols: usize,
+    x: &'a [f32],
+    y: &'a mut [f32],
+    format: PhantomData<F>,
+}
+
+impl<F: Float> FloatProduct<'_, F> {
+    /// R rows from `row`, M tokens from `token`.
+    #[inline(always)]
+    fn tile<S: Isa, const R: usize, const M: usize>(&mut self, s: S, row: usize, token: usize) {
+        let row_bytes = self.cols * F::BYTES;
+        let mut w: [&[u8]; R] = [&[]; R];
+        for (r, w) in w.iter_mut().enumerate() {
+            *w = &self.w[(row + r) * row_bytes..][..row_bytes];
+        }
+        let mut x: [&[f32]; M] = [&[]; M];
+        for (m, x) in x.iter_mut().enumerate() {
+            *x = &self.x[(token + m) * self.cols..][..self.cols];
+        }
+        let mut acc = [[s.splat(0.0); M]; R];
+        let whole = self.cols / LANES * LANES;
+        let mut k = 0;
+        while k < whole {
+            let mut xs = [s.splat(0.0); M];
+            for m in 0..M {
+                xs[m] = s.load(x[m][k..k + LANES].try_into().expect("16 elements"));
+            }
+            for r in 0..R {
+                let w = F::load(s, &w[r][k * F::BYTES..(k + LANES) * F::BYTES]);
+                for m in 0..M {
+                    acc[r][m] = s.fma(w, xs[m], acc[r][m]);
+                }
+            }
+            k += LANES;
+        }
+        if whole < self.cols {
+            for r in 0..R {
+                let w = F::load_tail(s, &w[r][whole * F::BYTES..]);
+                for m in 0..M {
+                    acc[r][m] = s.fma(w, load_some(s, &x[m][whole..]), acc[r][m]);
+                }
+            }
+        }
+        let rows = self.w.len() / row_bytes;
+        for r in 0..R {
+            for m in 0..M {
+                self.y[(token + m) * rows + row + r] = s.sum(acc[r][m]);
+            }
+        }
+    }
+
+    /// All rows for M tokens from `token`.
+    #[inline(always)]
+    fn rows<S: Isa, const M: usize>(&mut self, s: S, token: usize) {
+        let rows = self.w.len() / (self.cols * F::BYTES);
+        let mut row = 0;
+        if S::FLOAT_TILE.0 >= 4 {
+            while row + 4 <= rows {
+                self.tile::<S, 4, M>(s, row, token);
+                row += 4;
+            }
+        }
+        while row + 2 <= rows {
+            self.tile::<S, 2, M>(s, row, token);
+            row += 2;
+        }
+        if row < rows {
+            self.tile::<S, 1, M>(s, row, token);
+        }
+    }
+}
+
+impl<F: Float> Kernel for FloatProduct<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(mut self, s: S) {
+        let tokens = self.x.len() / self.cols;
+        let mut token = 0;
+        while token < tokens {
+            let m = (tokens - token).min(S::FLOAT_TILE.1);
+            macro_rules! tiles {
+                ($($m:literal)*) => {
+                    match m {
+                        $($m if $m <= S::FLOAT_TILE.1 => self.rows::<S, $m>(s, token),)*
+                        _ => unreachable!("float tiles have at most six tokens"),
+                    }
+                };
+            }
+            tiles!(1 2 3 4 5 6);
+            token += m;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{assert_close, random};
+    use crate::quant::{decode_row, encode_panel_on, packed_bytes};
+    use half::{bf16, f16};
+
+    /// Rows x cols random weights in a packed format.
+    fn pack(cpu: Cpu, format: Format, w: &[f32], cols: usize) -> Vec<u8> {
+        let mut bytes = vec![0; packed_bytes(format, w.len() / cols, cols)];
+        let panel = panel_bytes(format, cols);
+        for (rows, out) in w.chunks(PANEL_ROWS * cols).zip(bytes.chunks_exact_mut(panel)) {
+            encode_panel_on(cpu, format, rows, cols, out);
+        }
+        bytes
+    }
+
+    #[test]
+    fn packed_products_match_the_decoded_matrix() {
+        for cpu in Cpu::all() {
+            for format in [Format::W4, Format::W8] {
+                for (rows, cols) in [(1, 1), (16, 64), (17, 160), (40, 256), (33, 1000)] {
+                    let w = random(rows * cols, 5);
+                    let matrix = pack(cpu, format, &w, cols);
+                    let mut decoded = vec![0.0; rows * cols];
+                    for (row, out) in decoded.chunks_exact_mut(cols).enumerate() {
+                        decode_row(format, &matrix, cols, row, out);
+                    }
+                    for tokens in 1..=cpu.tile_tokens() {
+                        let x = random(tokens * cols, 6);
+                        let mut tile = QuantTile::default();
+                        tile.quantize(cpu, &x, cols);
+                        let width = rows.next_multiple_of(PANEL_ROWS);
+                        let mut y = vec![f32::NAN; tokens * width];
+                        packed(cpu, format, &matrix, cols, &tile, &mut y);
+                        // Each activation is off by at most half a step of absmax / 127 <= 1 / 127.
+                        for t in 0..tokens {
+                            let want: Vec<f64> = decoded
+                                .chunks_exact(cols)
+                                .map(|w| {
+                                    let x = &x[t * cols..][..cols];
+                                    w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum()
+                                })
+                                .collect();
+                            let bound = |i: usize| {
+                                let w = &decoded[i * cols..][..cols];
+                                let total: f64 = w.iter().map(|w| f64::from(w.abs())).sum();
+                                total * (0.51 / 127.0 + 1e-6)
+                            };
+                            let what = format!("{cpu:?} {format:?} {rows}x{cols} token {t}");
+                            assert_close(&y[t * width..][..rows], &want, bound, &what);
+                            assert!(y[t * width + rows..(t + 1) * width].iter().all(|y| *y == 0.0));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn packed_products_have_the_same_bits_for_any_number_of_tokens_and_fused_isa() {
+        let (rows, cols) = (32, 320);
+        let w = random(rows * cols, 7);
+        for format in [Format::W4, Format::W8] {
+            let matrix = pack(Cpu::best(), format, &w, cols);
+            let mut first: Option<Vec<f32>> = None;
+            for cpu in Cpu::all() {
+                let tokens = cpu.tile_tokens();
+                let x = random(14 * cols, 8);
+                let x = &x[..tokens * cols];
+                let mut tile = QuantTile::default();
+                tile.quantize(cpu, x, cols);
+                let mut together = vec![0.0; tokens * rows];
+                packed(cpu, format, &matrix, cols, &tile, &mut together);
+                for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
+                    tile.quantize(cpu, x, cols);
+                    let mut alone = vec![0.0; rows];
+                    packed(cpu, format, &matrix, cols, &tile, &mut alone);
+                    assert_eq!(alone, together, "{cpu:?} {format:?}");
+                }
+                // Where multiply-add is one rounding the bits do not depend on the CPU either.
+                if cpu.name() != "portable" {
+                    let first = first.get_or_insert_with(|| together[..rows].to_vec());
+                    assert_eq!(first[..], together[..rows], "{cpu:?} {format:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn codes_reconstruct_weights_within_half_a_step() {
+        for cpu in Cpu::all() {
+            for (format, steps) in [(Format::W4, 7.0), (Format::W8, 127.0)] {
+                let (rows, cols) = (16, 96);
+                let mut w = random(rows * cols, 9);
+                w[..32].fill(0.0);
+                w[96..128].fill(1e-9);
+                w[192] = 1000.0;
+                let matrix = pack(cpu, format, &w, cols);
+                for (row, w) in w.chunks_exact(cols).enumerate() {
+                    let mut out = vec![0.0; cols];
+                    decode_row(format, &matrix, cols, row, &mut out);
+                    for (w, out) in w.chunks(32).zip(out.chunks(32)) {
+                        let largest = w.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+                        let bound = largest / steps * if format == Format::W4 { 1.2 } else { 0.51 };
+                        for (w, out) in w.iter().zip(out) {
+                            assert!((w - out).abs() <= bound.max(1e-8), "{cpu:?} {format:?} {w} {out}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn float_products_match_f64() {
+        for cpu in Cpu::all() {
+            for format in [Format::Bf16, Format::F16, Format::F32] {
+                for (rows, cols, tokens) in [(1, 1, 1), (3, 15, 2), (5, 16, 7), (9, 100, 13), (4, 257, 6)] {
+                    let values = random(rows * cols, 10);
+                    // An odd first byte: the file promises no alignment.
+                    let mut w = vec![0u8];
+                    let mut stored = Vec::new();
+                    for v in &values {
+                        match format {
+                            Format::Bf16 => {
+                                let v = bf16::from_f32(*v);
+                                w.extend(v.to_le_bytes());
+                                stored.push(v.to_f32());
+                            }
+                            Format::F16 => {
+                                let v = f16::from_f32(*v);
+                                w.extend(v.to_le_bytes());
+                                stored.push(v.to_f32());
+                            }
+                            _ => {
+                                w.extend(v.to_le_bytes());
+                                stored.push(*v);
+                            }
+                        }
+                    }
+                    let x = random(tokens * cols, 11);
+                    let mut y = vec![f32::NAN; tokens * rows];
+                    float(cpu, format, &w[1..], cols, &x, &mut y);
+                    for (t, x) in x.chunks_exact(cols).enumerate() {
+                        let terms = |r: usize| stored[r * cols..][..cols].iter().zip(x);
+                        let want: Vec<f64> = (0..rows)
+                            .map(|r| terms(r).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum())
+                            .collect();
+                        let bound = |r: usize| {
+                            let size: f64 = terms(r).map(|(w, x)| f64::from((w * x).abs())).sum();
+                            size * cols as f64 * f64::from(f32::EPSILON) + 1e-12
+                        };
+                        let what = format!("{cpu:?} {format:?} {rows}x{cols} token {t}");
+                        assert_close(&y[t * rows..][..rows], &want, bound, &what);
+                    }
+                    let mut alone = vec![0.0; rows];
+                    float(cpu, format, &w[1..], cols, &x[..cols], &mut alone);
+                    assert_eq!(alone, y[..rows], "{cpu:?}: one token has the bits of many");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Gated DeltaNet, the linear-attention mixer (Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464).
+//!
+//! Per token: projections q, k, v, z, b, a; a causal convolution and SiLU over q, k and v; L2 norm
+//! of q and k per head; the gated delta rule; a gated RMS norm per value head; the output
+//! projection. Value head h reads key head h / (h_v / h_k). A key head with its value heads is one
+//! unit of work: nothing is shared between units, the state included.
+
+use super::linear::{Input, Matrix, project};
+use super::{Context, FEW_TOKENS};
+use crate::kernels::activation::gates;
+use crate::kernels::conv1d::conv1d_silu_isa;
+use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
+use crate::kernels::norm::{gated_rms_norm_isa, l2_norm_isa};
+use crate::pool::Tile;
+use crate::simd::{Isa, Kernel};
+use crate::state::{KeyHead, lock};
+use crate::trace::Trace;
+use std::sync::Mutex;
+
+pub struct GatedDeltaNet {
+    pub in_proj_qkv: Matrix,
+    pub in_proj_z: Matrix,
+    pub in_proj_b: Matrix,
+    pub in_proj_a: Matrix,
+    /// Taps of the convolution, by key head: [kernel, channels] of q, of k and of v.
+    pub conv1d: Vec<[Vec<f32>; 3]>,
+    pub a_log: Vec<f32>,   // [h_v]
+    pub dt_bias: Vec<f32>, // [h_v]
+    pub norm: Vec<f32>,    // [d_v], not zero-centred
+    pub out_proj: Matrix,
+    pub heads: Heads,
+}
+
+/// Numbers and sizes of heads.
+#[derive(Clone, Copy)]
+pub struct Heads {
+    pub keys: usize,
+    pub values_per_key: usize,
+    pub d_k: usize,
+    pub d_v: usize,
+    pub eps: f32,
+}
+
+/// Work space of one thread.
+#[derive(Default)]
+pub struct UnitScratch {
+    q: Vec<f32>,             // [MAX_TOKENS, d_k]
+    k: Vec<f32>,             // [MAX_TOKENS, d_k]
+    v: Vec<f32>,             // [MAX_TOKENS, values_per_key, d_v]
+    y: Vec<f32>,             // [MAX_TOKENS, d_v]
+    gates: Vec<(f32, f32)>,  // [MAX_TOKENS]
+    key_queries: KeyQueries,
+}
+
+impl GatedDeltaNet {
+    fn projections(&self) -> [&Matrix; 4] {
+        [&self.in_proj_qkv, &self.in_proj_z, &self.in_proj_b, &self.in_proj_a]
+    }
+
+    /// Adds the result for `x` to `residual`: [tokens, hidden]. `projected`, `mixed` and `units`
+    /// are work space.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward(
+        &self,
+        ctx: Context<'_>,
+        x: &mut Input,
+        state: &[Mutex<KeyHead>],
+        projected: &mut Vec<f32>,
+        mixed: &mut Input,
+        units: &[Mutex<UnitScratch>],
+        residual: &mut [f32],
+    ) {
+        let matrices = self.projections();
+        x.prepare(ctx, &matrices);
+        let width: usize = matrices.iter().map(|m| m.width()).sum();
+        let tokens = x.tokens();
+        projected.resize(tokens * width, 0.0);
+        project(ctx, &matrices, x, false, projected);
+        self.trace_projections(ctx, width, projected);
+
+        let unit_cols = self.heads.values_per_key * self.heads.d_v;
+        mixed.reshape(tokens, self.heads.keys * unit_cols);
+        let (mixed_width, projected) = (self.heads.keys * unit_cols, &projected[..]);
+        let init = |thread: usize| lock(&units[thread]);
+        ctx.team.run_tiles(&mut mixed.rows, mixed_width, (tokens, unit_cols), init, |unit, y| {
+            let key = y.cols().start / unit_cols;
+            let mut state = lock(&state[key]);
+            let unit = &mut **unit;
+            ctx.cpu.run(Unit { layer: self, ctx, key, width, projected, state: &mut state, unit, y });
+        });
+        mixed.prepare(ctx, &[&self.out_proj]);
+        project(ctx, &[&self.out_proj], mixed, true, residual);
+    }
+
+    fn trace_projections(&self, ctx: Context<'_>, width: usize, projected: &[f32]) {
+        let Some(trace) = ctx.trace else { return };
+        let names = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"];
+        let mut first = 0;
+        for (matrix, name) in self.projections().into_iter().zip(names) {
+            let rows = projected.chunks_exact(width).map(|row| &row[first..first + matrix.rows]);
+            trace.layer_part(name, matrix.rows, 0, rows.enumerate());
+            first += matrix.width();
+        }
+    }
+}
+
+/// One key head and its value heads, all tokens of a call.
+struct Unit<'a> {
+    layer: &'a GatedDeltaNet,
+    ctx: Context<'a>,
+    key: usize,
+    width: usize,
+    projected: &'a [f32],
+    state: &'a mut KeyHead,
+    unit: &'a mut UnitScratch,
+    y: Tile<'a>,
+}
+
+impl Kernel for Unit<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Isa>(mut self, s: S) {
+        let tokens = self.y.rows().len();
+        let mut first = 0;
+        while first < tokens {
+            let n = MAX_TOKENS.min(tokens - first);
+            self.tokens(s, first, n);
+            first += n;
+        }
+    }
+}
+
+impl Unit<'_> {
+    /// `n` tokens from `first`.
+    #[inline(always)]
+    fn tokens<S: Isa>(&mut self, s: S, first: usize, n: usize) {
+        let Heads { keys, values_per_key, d_k, d_v, eps } = self.layer.heads;
+        let (key, width) = (self.key, self.width);
+        let rows = &self.projected[first * width..];
+        let v_width = values_per_key * d_v;
+        let UnitScratch { q, k, v, y, gates: gate_values, key_queries } = &mut *self.unit;
+        q.resize(n * d_k, 0.0);
+        k.resize(n * d_k, 0.0);
+        v.resize(n * v_width, 0.0);
+        y.resize(n * d_v, 0.0);
+
+        let taps = &self.layer.conv1d[key];
+        let columns = [key * d_k, (keys + key) * d_k, 2 * keys * d_k + key * v_width];
+        for (part, out) in [&mut *q, &mut *k, &mut *v].into_iter().enumerate() {
+            let channels = [d_k, d_k, v_width][part];
+            let x = &rows[columns[part]..];
+            let state = &mut self.state.conv[part];
+            conv1d_silu_isa(s, channels, n, &taps[part], state, x, width, out, channels);
+        }
+        if let Some(trace) = self.ctx.trace {
+            trace_conv(trace, self.layer.heads, key, first, [q, k, v]);
+        }
+        for (q, k) in q.chunks_exact_mut(d_k).zip(k.chunks_exact_mut(d_k)) {
+            l2_norm_isa(s, 1.0 / (d_k as f32).sqrt(), q);
+            l2_norm_isa(s, 1.0, k);
+        }
+        key_queries.fill_isa(s, d_k, q, k);
+
+        let z_col = self.layer.in_proj_qkv.width();
+        let b_col = z_col + self.layer.in_proj_z.width();
+        let a_col = b_col + self.layer.in_proj_b.width();
+        for (i, value_head) in self.state.values.iter_mut().enumerate() {
+            let head = key * values_per_key + i;
+            let (a_log, dt_bias) = (self.layer.a_log[head], self.layer.dt_bias[head]);
+            gate_values.clear();
+            for row in rows.chunks_exact(width).take(n) {
+                gate_values.push(gates(row[a_col + head], row[b_col + head], a_log, dt_bias));
+            }
+            let v = &v[i * d_v..];
+            let pending = &self.state.pending;
+            value_head.step_isa(s, key_queries, pending, gate_values, d_v, v, v_width, y, d_v);
+            if let Some(trace) = self.ctx.trace {
+                let n_heads = self.layer.a_log.len();
+                let numbered = |rows| (first..).zip(rows);
+                trace.layer_part("delta_out", n_heads * d_v, head * d_v, numbered(y.chunks_exact(d_v)));
+                for (t, (g, beta)) in (first..).zip(&*gate_values) {
+                    trace.layer_part("g", n_heads, head, std::iter::once((t, &[*g][..])));
+                    trace.layer_part("beta", n_heads, head, std::iter::once((t, &[*beta][..])));
+                }
+            }
+            for (t, y) in y.chunks_exact_mut(d_v).enumerate() {
+                let z = &rows[t * width + z_col + head * d_v..][..d_v];
+                gated_rms_norm_isa(s, z, &self.layer.norm, eps, y);
+                self.y.row(first + t)[i * d_v..][..d_v].copy_from_slice(y);
+            }
+            if let Some(trace) = self.ctx.trace {
+                let n_heads = self.layer.a_log.len();
+                let rows = (first..).zip(y.chunks_exact(d_v));
+                trace.layer_part("gated_norm", n_heads * d_v, head * d_v, rows);
+            }
+        }
+        self.state.pending.advance(key_queries);
+    }
+
+}
+
+/// Records the convolved q, k and v of a key head, each alone and side by side.
+fn trace_conv(trace: &Trace, heads: Heads, key: usize, first: usize, parts: [&[f32]; 3]) {
+    let Heads { keys, values_per_key, d_k, d_v, .. } = heads;
+    let widths = [d_k, d_k, values_per_key * d_v];
+    let conv_dim: usize = widths.iter().map(|w| w * keys).sum();
+    let mut column = 0;
+    for ((name, data), width) in ["q", "k", "v"].into_iter().zip(parts).zip(widths) {
+        let rows = || (first..).zip(data.chunks_exact(width));
+        trace.layer_part(name, keys * width, key * width, rows());
+        trace.layer_part("conv_silu", conv_dim, column + key * width, rows());
+        column += keys * width;
+    }
+}
+
+/// Work space for as many threads as the team has.
+pub fn units(threads: usize) -> Vec<Mutex<UnitScratch>> {
+    (0..threads).map(|_| Mutex::default()).collect()
+}
+
+const _: () = assert!(FEW_TOKENS <= MAX_TOKENS);

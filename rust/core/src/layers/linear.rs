@@ -1,0 +1,201 @@
+//! Matrices and their products with rows of activations, over threads.
+
+use super::{Context, FEW_TOKENS};
+use crate::kernels::quantize::QuantTile;
+use crate::kernels::{matmul, norm};
+use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
+use crate::tensor::Bytes;
+use std::ops::Range;
+
+/// Weights [rows, cols] in some format.
+#[derive(Clone)]
+pub struct Matrix {
+    pub format: Format,
+    pub rows: usize,
+    pub cols: usize,
+    pub bytes: Bytes,
+}
+
+impl Matrix {
+    /// Columns of output that the matrix takes in a joint buffer: its rows, to a whole panel.
+    pub fn width(&self) -> usize {
+        self.rows.next_multiple_of(PANEL_ROWS)
+    }
+
+    /// One row as f32. out: [cols].
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        if self.format.is_packed() {
+            decode_row(self.format, &self.bytes, self.cols, row, out);
+            return;
+        }
+        let bytes = self.format.bytes(1, self.cols);
+        crate::tensor::widen(self.format, &self.bytes[row * bytes..][..bytes], out);
+    }
+}
+
+/// Rows of activations in the forms that matrix formats read.
+#[derive(Default)]
+pub struct Input {
+    tokens: usize,
+    cols: usize,
+    pub rows: Vec<f32>, // [tokens, cols]
+    tiles: Vec<QuantTile>,
+}
+
+impl Input {
+    /// Takes the shape [tokens, cols]; the rows are whatever they were.
+    pub fn reshape(&mut self, tokens: usize, cols: usize) {
+        (self.tokens, self.cols) = (tokens, cols);
+        self.rows.resize(tokens * cols, 0.0);
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Becomes the RMS norm of x: [tokens, w.len()].
+    pub fn set_normed(&mut self, ctx: Context<'_>, x: &[f32], w: &[f32], eps: f32) {
+        self.reshape(x.len() / w.len(), w.len());
+        if self.tokens <= FEW_TOKENS {
+            norm::rms_norm(ctx.cpu, x, w, eps, &mut self.rows);
+        } else {
+            ctx.team.run_tiles(&mut self.rows, w.len(), (1, w.len()), |_| (), |(), mut y| {
+                let row = y.rows().start;
+                norm::rms_norm(ctx.cpu, &x[row * w.len()..][..w.len()], w, eps, y.row(row));
+            });
+        }
+    }
+
+    /// Quantises the rows, if one of the matrices that will read them wants it.
+    pub fn prepare(&mut self, ctx: Context<'_>, matrices: &[&Matrix]) {
+        debug_assert!(matrices.iter().all(|m| m.cols == self.cols));
+        if !matrices.iter().any(|m| m.format.is_packed()) {
+            return;
+        }
+        let (cols, tile) = (self.cols, ctx.cpu.tile_tokens());
+        let n = self.tokens.div_ceil(tile);
+        if self.tiles.len() < n {
+            self.tiles.resize_with(n, QuantTile::default);
+        }
+        let rows = &self.rows;
+        let quantize = |i: usize, out: &mut QuantTile| {
+            let end = ((i + 1) * tile * cols).min(rows.len());
+            out.quantize(ctx.cpu, &rows[i * tile * cols..end], cols);
+        };
+        if self.tokens <= FEW_TOKENS {
+            self.tiles[..n].iter_mut().enumerate().for_each(|(i, tile)| quantize(i, tile));
+        } else {
+            ctx.team.run_each(&mut self.tiles[..n], |_| (), |(), i, tile| quantize(i, tile));
+        }
+    }
+
+    /// Products of some rows of a matrix with the tokens of one tile.
+    ///
+    /// rows: from a multiple of 16; y: [tokens of the tile, rows.len()], where a packed matrix
+    /// counts whole panels. Returns the width of y.
+    fn product(
+        &self,
+        ctx: Context<'_>,
+        matrix: &Matrix,
+        rows: Range<usize>,
+        tokens: Range<usize>,
+        y: &mut Vec<f32>,
+    ) -> usize {
+        let cols = self.cols;
+        if matrix.format.is_packed() {
+            let bytes = panel_bytes(matrix.format, cols);
+            let panels = rows.start / PANEL_ROWS..rows.end.div_ceil(PANEL_ROWS);
+            let width = panels.len() * PANEL_ROWS;
+            y.resize(tokens.len() * width, 0.0);
+            let panels = &matrix.bytes[panels.start * bytes..panels.end * bytes];
+            let tile = &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
+            matmul::packed(ctx.cpu, matrix.format, panels, cols, tile, y);
+            width
+        } else {
+            let bytes = matrix.format.bytes(1, cols);
+            y.resize(tokens.len() * rows.len(), 0.0);
+            let w = &matrix.bytes[rows.start * bytes..rows.end * bytes];
+            let x = &self.rows[tokens.start * cols..tokens.end * cols];
+            matmul::float(ctx.cpu, matrix.format, w, cols, x, y);
+            rows.len()
+        }
+    }
+}
+
+/// Output columns that one chunk of a region computes: enough weights to be worth claiming, few
+/// enough that the threads end together.
+fn chunk_cols(ctx: Context<'_>, matrices: &[&Matrix], tokens: usize) -> usize {
+    const LEAST_BYTES: usize = 32 << 10;
+    const MOST_BYTES: usize = 256 << 10;
+    const CHUNKS_PER_THREAD: usize = 16;
+    // Many tokens reuse a tile of activations from the cache for each panel of a chunk.
+    const LEAST_PANELS_MANY_TOKENS: usize = 4;
+    let total: usize = matrices.iter().map(|m| m.bytes.len()).sum();
+    let panels: usize = matrices.iter().map(|m| m.width() / PANEL_ROWS).sum();
+    let panel = (total / panels).max(1);
+    let bytes = (total / (CHUNKS_PER_THREAD * ctx.team.threads())).clamp(LEAST_BYTES, MOST_BYTES);
+    let least = if tokens > FEW_TOKENS { LEAST_PANELS_MANY_TOKENS } else { 1 };
+    (bytes / panel).max(least) * PANEL_ROWS
+}
+
+/// y = W x, or y += W x if `add`, for matrices side by side.
+///
+/// y: [x.tokens(), width], where width is the sum of the matrices' [`Matrix::width`], or of a
+/// single matrix its number of rows. Columns of padding are left as they are.
+pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: &mut [f32]) {
+    let width = match matrices {
+        [matrix] => matrix.rows,
+        _ => matrices.iter().map(|m| m.width()).sum(),
+    };
+    let tokens = x.tokens();
+    assert_eq!(y.len(), tokens * width);
+    let cols = chunk_cols(ctx, matrices, tokens);
+    let tile_tokens = ctx.cpu.tile_tokens();
+    ctx.team.run_tiles(y, width, (tokens, cols), |_| Vec::new(), |product, mut y| {
+        let mut first = 0;
+        for matrix in matrices {
+            let start = y.cols().start.max(first);
+            let end = y.cols().end.min(first + matrix.rows);
+            if start < end {
+                let rows = start - first..end - first;
+                for t in (0..tokens).step_by(tile_tokens) {
+                    let tile = t..(t + tile_tokens).min(tokens);
+                    let n = x.product(ctx, matrix, rows.clone(), tile.clone(), product);
+                    let offset = start - y.cols().start;
+                    for (t, product) in tile.zip(product.chunks_exact(n)) {
+                        let out = &mut y.row(t)[offset..][..rows.len()];
+                        if add {
+                            out.iter_mut().zip(product).for_each(|(y, p)| *y += p);
+                        } else {
+                            out.copy_from_slice(&product[..rows.len()]);
+                        }
+                    }
+                }
+            }
+            first += matrix.width();
+        }
+    });
+}
+
+/// y = silu(gate x) (up x), rows of both matrices together. y: [x.tokens(), gate.rows].
+pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y: &mut [f32]) {
+    let tokens = x.tokens();
+    assert_eq!(gate.rows, up.rows);
+    assert_eq!(y.len(), tokens * gate.rows);
+    // A chunk reads both matrices, so half the columns hold the same bytes.
+    let cols = (chunk_cols(ctx, &[gate, up], tokens) / 2).next_multiple_of(PANEL_ROWS);
+    let tile_tokens = ctx.cpu.tile_tokens();
+    let init = |_| (Vec::new(), Vec::new());
+    ctx.team.run_tiles(y, gate.rows, (tokens, cols), init, |(gates, ups), mut y| {
+        for t in (0..tokens).step_by(tile_tokens) {
+            let tile = t..(t + tile_tokens).min(tokens);
+            let gate_width = x.product(ctx, gate, y.cols(), tile.clone(), gates);
+            let up_width = x.product(ctx, up, y.cols(), tile.clone(), ups);
+            let rows = gates.chunks_exact(gate_width).zip(ups.chunks_exact(up_width));
+            for (t, (gates, ups)) in tile.zip(rows) {
+                let y = y.row(t);
+                crate::kernels::activation::swiglu(ctx.cpu, &gates[..y.len()], &ups[..y.len()], y);
+            }
+        }
+    });
+}

@@ -1,0 +1,21 @@
+//! The feed-forward part of a layer: down(silu(gate x) (up x)).
+
+use super::Context;
+use super::linear::{Input, Matrix, project, project_swiglu};
+
+pub struct Mlp {
+    pub gate_proj: Matrix,
+    pub up_proj: Matrix,
+    pub down_proj: Matrix,
+}
+
+impl Mlp {
+    /// Adds the result for `x` to `residual`: [tokens, hidden]. `hidden` is work space.
+    pub fn forward(&self, ctx: Context<'_>, x: &mut Input, hidden: &mut Input, residual: &mut [f32]) {
+        x.prepare(ctx, &[&self.gate_proj, &self.up_proj]);
+        hidden.reshape(x.tokens(), self.gate_proj.rows);
+        project_swiglu(ctx, &self.gate_proj, &self.up_proj, x, &mut hidden.rows);
+        hidden.prepare(ctx, &[&self.down_proj]);
+        project(ctx, &[&self.down_proj], hidden, true, residual);
+    }
+}

@@ -1,0 +1,443 @@
+//! What config.json says of a model, checked once.
+//!
+//! Accepted spellings: the full form with `text_config`, text-only re-saves with its fields at top
+//! level, `rope_scaling` for `rope_parameters`, `type` for `rope_type`, rope fields at text level,
+//! a missing `layer_types`. Everything that would change the arithmetic and is not supported is an
+//! error.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+
+/// What mixes the tokens in a layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LayerType {
+    LinearAttention,
+    FullAttention,
+}
+
+/// Rotary position embedding.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Rope {
+    pub theta: f64,
+    /// Dimensions of a head that rotate.
+    pub rotary_dim: usize,
+    /// Frequencies that follow time, height and width, interleaved.
+    pub mrope_section: [usize; 3],
+}
+
+/// Sizes of the vision tower.
+#[derive(Clone, PartialEq, Debug)]
+pub struct VisionConfig {
+    pub depth: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_heads: usize,
+    pub out_hidden_size: usize,
+    pub in_channels: usize,
+    pub patch_size: usize,
+    pub temporal_patch_size: usize,
+    pub spatial_merge_size: usize,
+    pub num_position_embeddings: usize,
+}
+
+/// Sizes and rules of the text model.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Config {
+    pub hidden_size: usize,
+    pub num_hidden_layers: usize,
+    pub intermediate_size: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub vocab_size: usize,
+    pub max_position_embeddings: usize,
+    pub linear_conv_kernel_dim: usize,
+    pub linear_num_key_heads: usize,
+    pub linear_num_value_heads: usize,
+    pub linear_key_head_dim: usize,
+    pub linear_value_head_dim: usize,
+    pub rms_norm_eps: f32,
+    pub tie_word_embeddings: bool,
+    pub layer_types: Vec<LayerType>,
+    pub rope: Rope,
+    pub mtp_num_hidden_layers: usize,
+    pub vision: Option<VisionConfig>,
+}
+
+/// No size in a config is larger: products of three of them fit 64 bits.
+const MOST: u64 = 1 << 21;
+
+impl Config {
+    /// Reads config.json. `file` is named in errors.
+    pub fn from_json(text: &str, file: &str) -> Result<Config> {
+        let json: Value = serde_json::from_str(text)
+            .map_err(|e| Error::File(format!("{file}: not valid JSON: {e}")))?;
+        let top = json
+            .as_object()
+            .ok_or_else(|| Error::File(format!("{file}: expected a JSON object")))?;
+        let text = match top.get("text_config") {
+            None | Some(Value::Null) => top,
+            Some(Value::Object(text)) => text,
+            Some(other) => return Err(wrong(file, "text_config", "an object", other)),
+        };
+        let reader = Reader { file, text };
+        reader.refuse_unsupported(top)?;
+
+        let num_hidden_layers = reader.size("num_hidden_layers")?;
+        let head_dim = reader.size("head_dim")?;
+        let config = Config {
+            hidden_size: reader.size("hidden_size")?,
+            num_hidden_layers,
+            intermediate_size: reader.size("intermediate_size")?,
+            num_attention_heads: reader.size("num_attention_heads")?,
+            num_key_value_heads: reader.size("num_key_value_heads")?,
+            head_dim,
+            vocab_size: reader.size("vocab_size")?,
+            max_position_embeddings: reader.size_or("max_position_embeddings", 262_144)?,
+            linear_conv_kernel_dim: reader.size_or("linear_conv_kernel_dim", 4)?,
+            linear_num_key_heads: reader.size("linear_num_key_heads")?,
+            linear_num_value_heads: reader.size("linear_num_value_heads")?,
+            linear_key_head_dim: reader.size("linear_key_head_dim")?,
+            linear_value_head_dim: reader.size("linear_value_head_dim")?,
+            rms_norm_eps: reader.eps()?,
+            tie_word_embeddings: reader.tied(top)?,
+            layer_types: reader.layer_types(num_hidden_layers)?,
+            rope: reader.rope(head_dim)?,
+            mtp_num_hidden_layers: reader.count_or("mtp_num_hidden_layers", 0)?,
+            vision: match top.get("vision_config") {
+                None | Some(Value::Null) => None,
+                Some(Value::Object(vision)) => Some(Reader { file, text: vision }.vision()?),
+                Some(other) => return Err(wrong(file, "vision_config", "an object", other)),
+            },
+        };
+        config.check(file)?;
+        Ok(config)
+    }
+
+    fn check(&self, file: &str) -> Result<()> {
+        let divides = |name: &str, n: usize, by_name: &str, by: usize| {
+            if n.is_multiple_of(by) {
+                Ok(())
+            } else {
+                Err(Error::File(format!(
+                    "{file}: `{name}` is {n}, expected a multiple of `{by_name}`, which is {by}"
+                )))
+            }
+        };
+        divides(
+            "num_attention_heads",
+            self.num_attention_heads,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+        )?;
+        divides(
+            "linear_num_value_heads",
+            self.linear_num_value_heads,
+            "linear_num_key_heads",
+            self.linear_num_key_heads,
+        )?;
+        if self.mtp_num_hidden_layers > 1 {
+            return Err(Error::Unsupported(format!(
+                "{file}: `mtp_num_hidden_layers` is {}, supported are 0 and 1",
+                self.mtp_num_hidden_layers
+            )));
+        }
+        Ok(())
+    }
+
+    /// Channels of the convolution: q, k and v of all heads.
+    pub fn conv_dim(&self) -> usize {
+        2 * self.key_dim() + self.value_dim()
+    }
+
+    /// Width of all linear keys.
+    pub fn key_dim(&self) -> usize {
+        self.linear_num_key_heads * self.linear_key_head_dim
+    }
+
+    /// Width of all linear values.
+    pub fn value_dim(&self) -> usize {
+        self.linear_num_value_heads * self.linear_value_head_dim
+    }
+
+    /// Value heads that share a key head.
+    pub fn values_per_key(&self) -> usize {
+        self.linear_num_value_heads / self.linear_num_key_heads
+    }
+
+    /// Number of layers of a type.
+    pub fn layers_of(&self, layer: LayerType) -> usize {
+        self.layer_types.iter().filter(|l| **l == layer).count()
+    }
+}
+
+fn wrong(file: &str, key: &str, expected: &str, found: &Value) -> Error {
+    Error::File(format!("{file}: `{key}` is {found}, expected {expected}"))
+}
+
+/// One object of the file.
+struct Reader<'a> {
+    file: &'a str,
+    text: &'a Map<String, Value>,
+}
+
+impl Reader<'_> {
+    /// The value of a key; null counts as missing.
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.text.get(key).filter(|value| !value.is_null())
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        let value = self
+            .get(key)
+            .ok_or_else(|| Error::File(format!("{}: `{key}` is missing", self.file)))?;
+        match value.as_u64() {
+            Some(n @ 1..=MOST) => Ok(n as usize),
+            _ => Err(wrong(self.file, key, &format!("an integer from 1 to {MOST}"), value)),
+        }
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.get(key).is_some() { self.size(key) } else { Ok(default) }
+    }
+
+    fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        match self.get(key) {
+            Some(value) if value.as_u64() == Some(0) => Ok(0),
+            _ => self.size_or(key, default),
+        }
+    }
+
+    fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => {
+                value.as_bool().ok_or_else(|| wrong(self.file, key, "true or false", value))
+            }
+        }
+    }
+
+    fn eps(&self) -> Result<f32> {
+        let Some(value) = self.get("rms_norm_eps") else { return Ok(1e-6) };
+        match value.as_f64() {
+            Some(eps) if eps > 0.0 && eps < 1.0 && eps as f32 > 0.0 => Ok(eps as f32),
+            _ => Err(wrong(self.file, "rms_norm_eps", "a number between 0 and 1", value)),
+        }
+    }
+
+    fn tied(&self, top: &Map<String, Value>) -> Result<bool> {
+        let top = Reader { file: self.file, text: top };
+        let at_top = top.bool_or("tie_word_embeddings", false)?;
+        self.bool_or("tie_word_embeddings", at_top)
+    }
+
+    fn refuse_unsupported(&self, top: &Map<String, Value>) -> Result<()> {
+        let file = self.file;
+        let unsupported = |key: &str, value: &Value, supported: &str| {
+            Err(Error::Unsupported(format!("{file}: `{key}` is {value}, only {supported} is supported")))
+        };
+        for object in [top, self.text] {
+            if let Some(value) = object.get("model_type")
+                && !matches!(value.as_str(), Some("qwen3_5" | "qwen3_5_text"))
+            {
+                return unsupported("model_type", value, "\"qwen3_5\" or \"qwen3_5_text\"");
+            }
+            if object.get("quantization_config").is_some_and(|v| !v.is_null())
+                || object.get("quantization").is_some_and(|v| !v.is_null())
+            {
+                return Err(Error::Unsupported(format!(
+                    "{file}: the checkpoint is already quantised by another program \
+                     (`quantization_config`); use the original BF16 checkpoint"
+                )));
+            }
+        }
+        let fixed: [(&str, Value); 3] = [
+            ("hidden_act", Value::from("silu")),
+            ("attention_bias", Value::from(false)),
+            ("attn_output_gate", Value::from(true)),
+        ];
+        for (key, only) in fixed {
+            if let Some(value) = self.get(key)
+                && *value != only
+            {
+                return unsupported(key, value, &only.to_string());
+            }
+        }
+        if let Some(value) = self.get("mlp_only_layers")
+            && value.as_array().is_none_or(|layers| !layers.is_empty())
+        {
+            return unsupported("mlp_only_layers", value, "[]");
+        }
+        if let Some(value) = self.get("num_experts")
+            && value.as_u64() != Some(0)
+        {
+            return unsupported("num_experts", value, "a dense model");
+        }
+        if self.bool_or("mtp_use_dedicated_embeddings", false)? {
+            return unsupported("mtp_use_dedicated_embeddings", &Value::from(true), "false");
+        }
+        Ok(())
+    }
+
+    fn layer_types(&self, layers: usize) -> Result<Vec<LayerType>> {
+        let Some(value) = self.get("layer_types") else {
+            let interval = self.size_or("full_attention_interval", 4)?;
+            let full = |i: usize| (i + 1).is_multiple_of(interval);
+            return Ok((0..layers)
+                .map(|i| if full(i) { LayerType::FullAttention } else { LayerType::LinearAttention })
+                .collect());
+        };
+        let types = value
+            .as_array()
+            .ok_or_else(|| wrong(self.file, "layer_types", "a list of names", value))?;
+        if types.len() != layers {
+            return Err(Error::File(format!(
+                "{}: `layer_types` has {} entries, expected {layers} (`num_hidden_layers`)",
+                self.file,
+                types.len()
+            )));
+        }
+        types
+            .iter()
+            .map(|name| match name.as_str() {
+                Some("linear_attention") => Ok(LayerType::LinearAttention),
+                Some("full_attention") => Ok(LayerType::FullAttention),
+                _ => Err(Error::Unsupported(format!(
+                    "{}: `layer_types` names {name}, supported are \"linear_attention\" and \
+                     \"full_attention\"",
+                    self.file
+                ))),
+            })
+            .collect()
+    }
+
+    fn rope(&self, head_dim: usize) -> Result<Rope> {
+        let file = self.file;
+        let none = Map::new();
+        let object = ["rope_parameters", "rope_scaling"].iter().find_map(|key| self.get(key));
+        let object = match object {
+            None => &none,
+            Some(Value::Object(object)) => object,
+            Some(other) => return Err(wrong(file, "rope_parameters", "an object", other)),
+        };
+        let inner = Reader { file, text: object };
+        let find = |key: &str| inner.get(key).or_else(|| self.get(key));
+        if let Some(kind) = inner.get("rope_type").or_else(|| inner.get("type"))
+            && !matches!(kind.as_str(), Some("default" | "mrope"))
+        {
+            return Err(Error::Unsupported(format!(
+                "{file}: `rope_type` is {kind}, only \"default\" is supported"
+            )));
+        }
+        if let Some(value) = inner.get("mrope_interleaved")
+            && *value != Value::from(true)
+        {
+            return Err(Error::Unsupported(format!(
+                "{file}: `mrope_interleaved` is {value}, only true is supported"
+            )));
+        }
+        let number = |key: &str, default: f64| match find(key) {
+            None => Ok(default),
+            Some(value) => match value.as_f64() {
+                Some(x) if x.is_finite() && x > 0.0 => Ok(x),
+                _ => Err(wrong(file, key, "a positive number", value)),
+            },
+        };
+        let theta = number("rope_theta", 10_000_000.0)?;
+        let factor = number("partial_rotary_factor", 0.25)?;
+        let rotary_dim = (head_dim as f64 * factor) as usize;
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
+            return Err(Error::File(format!(
+                "{file}: `partial_rotary_factor` is {factor}, expected an even number of dimensions \
+                 of `head_dim` {head_dim}, found {rotary_dim}"
+            )));
+        }
+        let mrope_section = match inner.get("mrope_section") {
+            None => [11, 11, 10],
+            Some(value) => {
+                let section: Option<Vec<usize>> = value
+                    .as_array()
+                    .map(|s| s.iter().filter_map(|n| n.as_u64().map(|n| n as usize)).collect());
+                let section: Option<[usize; 3]> = section.and_then(|s| s.try_into().ok());
+                let sum = section.and_then(|s| s.iter().try_fold(0usize, |a, n| a.checked_add(*n)));
+                match (section, sum) {
+                    (Some(section), Some(sum)) if sum == rotary_dim / 2 => section,
+                    _ => {
+                        let expected = format!("three counts that sum to {}", rotary_dim / 2);
+                        return Err(wrong(file, "mrope_section", &expected, value));
+                    }
+                }
+            }
+        };
+        Ok(Rope { theta, rotary_dim, mrope_section })
+    }
+
+    fn vision(&self) -> Result<VisionConfig> {
+        Ok(VisionConfig {
+            depth: self.size("depth")?,
+            hidden_size: self.size("hidden_size")?,
+            intermediate_size: self.size("intermediate_size")?,
+            num_heads: self.size("num_heads")?,
+            out_hidden_size: self.size("out_hidden_size")?,
+            in_channels: self.size_or("in_channels", 3)?,
+            patch_size: self.size_or("patch_size", 16)?,
+            temporal_patch_size: self.size_or("temporal_patch_size", 2)?,
+            spatial_merge_size: self.size_or("spatial_merge_size", 2)?,
+            num_position_embeddings: self.size_or("num_position_embeddings", 2304)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TINY: &str = r#"{"model_type": "qwen3_5_text", "hidden_size": 8, "num_hidden_layers": 4,
+        "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "vocab_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 4, "linear_value_head_dim": 4, "tie_word_embeddings": true,
+        "rope_theta": 1e7, "partial_rotary_factor": 0.5,
+        "rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]}}"#;
+
+    fn with(key: &str, value: &str) -> Result<Config> {
+        let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
+        json[key] = serde_json::from_str(value).expect("the value is valid");
+        Config::from_json(&json.to_string(), "config.json")
+    }
+
+    #[test]
+    fn text_only_spelling() {
+        let config = Config::from_json(TINY, "config.json").expect("the sample is supported");
+        assert_eq!(config.rope, Rope { theta: 1e7, rotary_dim: 8, mrope_section: [2, 1, 1] });
+        assert_eq!(config.layer_types[3], LayerType::FullAttention);
+        assert_eq!(config.layers_of(LayerType::LinearAttention), 3);
+        assert_eq!(config.conv_dim(), 32);
+        assert!(config.tie_word_embeddings);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (key, value) in [
+            ("hidden_size", "0"),
+            ("hidden_size", "-3"),
+            ("vocab_size", "1e30"),
+            ("num_hidden_layers", "\"4\""),
+            ("num_key_value_heads", "3"),
+            ("linear_num_value_heads", "3"),
+            ("hidden_act", "\"gelu\""),
+            ("attention_bias", "true"),
+            ("attn_output_gate", "false"),
+            ("layer_types", "[\"linear_attention\"]"),
+            ("layer_types", "[\"a\", \"b\", \"c\", \"d\"]"),
+            ("rms_norm_eps", "-1"),
+            ("partial_rotary_factor", "0.01"),
+            ("partial_rotary_factor", "2"),
+            ("quantization_config", "{}"),
+            ("model_type", "\"llama\""),
+            ("mtp_num_hidden_layers", "2"),
+        ] {
+            let error = with(key, value).expect_err(key).to_string();
+            assert!(error.starts_with("config.json: ") && error.contains(key), "{key}: {error}");
+        }
+    }
+}

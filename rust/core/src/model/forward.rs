@@ -1,0 +1,200 @@
+//! The whole model: embedding, layers, final norm, head.
+
+use super::config::{Config, LayerType};
+use super::weights::{Source, Weights};
+use crate::error::{Error, Result};
+use crate::kernels::rope;
+use crate::layers::Context;
+use crate::layers::attention::Positions;
+use crate::layers::block::Scratch;
+use crate::layers::linear::{Input, project};
+use crate::pool::Pool;
+use crate::quant::{Format, Quant};
+use crate::simd::Cpu;
+use crate::state::{KV_CHUNK, State};
+use crate::trace::Trace;
+use std::sync::Arc;
+
+/// What a caller may choose about a model.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Positions a session may hold; the model's native context if not given.
+    pub context: Option<usize>,
+    /// Threads, the caller's included; the machine's cores if not given.
+    pub threads: Option<usize>,
+    /// Format of the KV cache; f32 for unquantised weights and f16 otherwise if not given.
+    pub kv: Option<Format>,
+    /// Instruction set; `QDELTA_ISA` or the best of the machine if not given.
+    pub cpu: Option<Cpu>,
+}
+
+/// A loaded model: immutable, shared by its sessions.
+pub struct Model {
+    pub config: Config,
+    pub quant: Quant,
+    pub cpu: Cpu,
+    pub context: usize,
+    /// Format of the KV cache, f16 or f32.
+    pub kv: Format,
+    pub(crate) pool: Pool,
+    weights: Weights,
+    frequencies: Vec<f32>,
+    source: Arc<dyn Source>,
+}
+
+/// Which tokens' logits a call computes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rows {
+    None,
+    Last,
+    All,
+}
+
+/// Bytes that a session of some length takes, beside the weights.
+pub struct MemoryPlan {
+    /// Weights that a decoded token reads: layers and head.
+    pub weights: usize,
+    pub kv: usize,
+    pub state: usize,
+    /// Work buffers of a prefill piece.
+    pub scratch: usize,
+}
+
+/// Tokens that go through the layers together, at most.
+pub const PIECE: usize = 512;
+
+impl Model {
+    /// Binds the weights and starts the threads.
+    pub fn new(config: Config, quant: Quant, source: Arc<dyn Source>, options: Options) -> Result<Model> {
+        let native = config.max_position_embeddings;
+        let context = options.context.unwrap_or(native);
+        if context == 0 || context > native {
+            return Err(Error::Argument(format!("context is {context}, expected 1 to {native}")));
+        }
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = options.threads.unwrap_or(cores);
+        if threads == 0 || threads > 1024 {
+            return Err(Error::Argument(format!("threads is {threads}, expected 1 to 1024")));
+        }
+        let cpu = match (options.cpu, std::env::var("QDELTA_ISA")) {
+            (Some(cpu), _) => cpu,
+            (None, Ok(name)) if !name.is_empty() => Cpu::named(&name)?,
+            _ => Cpu::best(),
+        };
+        let kv = options.kv.unwrap_or(if quant == Quant::None { Format::F32 } else { Format::F16 });
+        Ok(Model {
+            weights: Weights::bind(&config, &*source)?,
+            frequencies: rope::frequencies(config.rope.theta, config.rope.rotary_dim),
+            pool: Pool::new(threads),
+            config,
+            quant,
+            cpu,
+            context,
+            kv,
+            source,
+        })
+    }
+
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Work buffers for [`Model::forward`].
+    pub fn scratch(&self) -> Scratch {
+        Scratch::new(self.threads())
+    }
+
+    /// An error if the files behind the weights have changed.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.source.check_unchanged()
+    }
+
+    /// Bytes for a session of `context` tokens.
+    pub fn memory_plan(&self, context: usize) -> MemoryPlan {
+        let config = &self.config;
+        let full = config.layers_of(LayerType::FullAttention);
+        let linear = config.layers_of(LayerType::LinearAttention);
+        let heads = full * config.num_key_value_heads * context.div_ceil(KV_CHUNK);
+        let chunk = self.kv.bytes(KV_CHUNK, config.head_dim)
+            + self.kv.bytes(KV_CHUNK, config.head_dim.next_multiple_of(16));
+        let recurrent = config.linear_num_value_heads * config.linear_key_head_dim
+            * config.linear_value_head_dim.next_multiple_of(16);
+        let conv = (config.linear_conv_kernel_dim - 1) * config.conv_dim();
+        let hidden = config.hidden_size;
+        let mixer = (config.conv_dim() + 2 * config.value_dim())
+            .max((3 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim);
+        // Residual, normed input and its codes; the mixer's projections and output; the MLP's
+        // hidden rows and their codes; f32 with a byte of code.
+        let row = 4 * (2 * hidden + mixer + config.intermediate_size) + hidden + config.intermediate_size;
+        MemoryPlan {
+            weights: self.weight_bytes(),
+            kv: heads * chunk,
+            state: linear * 4 * (recurrent + conv),
+            scratch: PIECE.min(context) * row + 4 * config.vocab_size,
+        }
+    }
+
+    /// Bytes of weights that a decoded token reads.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.matrices().map(|m| m.bytes.len()).sum()
+    }
+
+    /// Runs at most [`PIECE`] tokens and appends the wanted rows of logits, [rows, vocab].
+    ///
+    /// The ids are below the vocabulary's size and the state has room for them.
+    pub(crate) fn forward(
+        &self,
+        tokens: &[i32],
+        state: &mut State,
+        scratch: &mut Scratch,
+        head: &mut Input,
+        rows: Rows,
+        logits: &mut Vec<f32>,
+        trace: Option<&Trace>,
+    ) {
+        assert!(!tokens.is_empty() && tokens.len() <= PIECE);
+        let team = self.pool.team();
+        let ctx = Context { cpu: self.cpu, team: &team, trace };
+        let hidden = self.config.hidden_size;
+        let past = state.tokens.len();
+
+        scratch.x.resize(tokens.len() * hidden, 0.0);
+        for (x, token) in scratch.x.chunks_exact_mut(hidden).zip(tokens) {
+            self.weights.embed_tokens.row(*token as usize, x);
+        }
+        if let Some(trace) = trace {
+            trace.part("embed", hidden, 0, scratch.x.chunks_exact(hidden).enumerate());
+        }
+        let mut angles = Vec::with_capacity(tokens.len() * self.frequencies.len());
+        for position in past..past + tokens.len() {
+            rope::angles(&self.frequencies, position, &mut angles);
+        }
+        let positions = Positions { past, angles: &angles, cache: self.kv };
+        for (i, (block, state)) in self.weights.blocks.iter().zip(&mut state.layers).enumerate() {
+            if let Some(trace) = trace {
+                trace.enter_layer(i);
+            }
+            block.forward(ctx, state, positions, scratch);
+        }
+        state.tokens.extend_from_slice(tokens);
+
+        let first = match rows {
+            Rows::All => 0,
+            Rows::Last => tokens.len() - 1,
+            Rows::None if trace.is_some() => 0,
+            Rows::None => return,
+        };
+        head.set_normed(ctx, &scratch.x[first * hidden..], &self.weights.norm, self.config.rms_norm_eps);
+        if let Some(trace) = trace {
+            let rows = head.rows.chunks_exact(hidden).enumerate();
+            trace.part("final_norm", hidden, 0, rows.map(|(i, row)| (first + i, row)));
+        }
+        if rows == Rows::None {
+            return;
+        }
+        head.prepare(ctx, &[&self.weights.lm_head]);
+        let start = logits.len();
+        logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
+        project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);
+    }
+}

@@ -1,0 +1,64 @@
+//! Random weights at the shapes of a config, for benchmarks that need no files.
+
+use super::config::Config;
+use super::tensors::{Role, Storage, TensorSpec, text_tensors};
+use super::weights::Source;
+use crate::error::{Error, Result};
+use crate::quant::{Format, Quant};
+use crate::random::Random;
+use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor};
+use rayon::prelude::*;
+use std::collections::HashMap;
+
+/// Bytes that one thread fills at a time: whole blocks of every format.
+const PART_BYTES: usize = 576 * 1088;
+
+/// Tensors that were never trained: their products stay of moderate size, their text is noise.
+pub struct Synthetic {
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Synthetic {
+    /// Fills all text tensors, in the formats of `quant`; unquantised matrices are bf16.
+    pub fn new(config: &Config, quant: Quant, seed: u64) -> Result<Synthetic> {
+        let specs = text_tensors(config);
+        let tensors = specs.iter().enumerate().map(|(i, spec)| {
+            let seed = seed ^ ((i as u64) << 32);
+            Ok((spec.stored_name(quant), random_tensor(spec, quant, seed)?))
+        });
+        Ok(Synthetic { tensors: tensors.collect::<Result<_>>()? })
+    }
+}
+
+fn random_tensor(spec: &TensorSpec, quant: Quant, seed: u64) -> Result<Tensor> {
+    let (format, dtype) = match spec.role.storage(quant) {
+        Storage::Packed(format) => (format, Dtype::U8),
+        Storage::AsIs => (Format::Bf16, Dtype::Bf16),
+        Storage::F32 => (Format::F32, Dtype::F32),
+    };
+    let (rows, cols) = spec.rows_cols();
+    let elements = spec.elements().ok_or_else(|| {
+        Error::Argument(format!("tensor `{}`: shape {:?} is too large", spec.name, spec.shape))
+    })?;
+    // Uniform with the standard deviation that keeps the length of a vector of `cols` elements.
+    let scale = match spec.role {
+        Role::Small => 0.5,
+        _ => (3.0 / cols as f32).sqrt(),
+    };
+    let bytes = if format.is_packed() { format.bytes(rows, cols) } else { format.bytes(1, elements) };
+    let mut buffer = AlignedBuf::new(bytes);
+    buffer.par_chunks_mut(PART_BYTES).enumerate().for_each(|(part, bytes)| {
+        Random::new(seed.wrapping_add(part as u64)).fill_matrix(format, scale, bytes);
+    });
+    Ok(Tensor { dtype, shape: spec.stored_shape(quant), bytes: Bytes::from(buffer) })
+}
+
+impl Source for Synthetic {
+    fn tensor(&self, name: &str) -> Option<Tensor> {
+        self.tensors.get(name).cloned()
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        Ok(())
+    }
+}

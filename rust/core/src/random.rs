@@ -1,0 +1,58 @@
+//! Random numbers for synthetic weights and benchmarks.
+
+use crate::quant::{Format, w4, w8};
+use half::{bf16, f16};
+
+/// xorshift64* (Marsaglia 2003, Vigna 2016): fast, and good enough for weights nobody reads.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Uniform in -scale..scale.
+    pub fn uniform(&mut self, scale: f32) -> f32 {
+        ((self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * scale
+    }
+
+    pub fn fill(&mut self, scale: f32, x: &mut [f32]) {
+        x.iter_mut().for_each(|x| *x = self.uniform(scale));
+    }
+
+    /// Fills the bytes of a matrix with weights of about -scale..scale.
+    pub fn fill_matrix(&mut self, format: Format, scale: f32, bytes: &mut [u8]) {
+        match format {
+            Format::Bf16 => bytes.as_chunks_mut().0.iter_mut().for_each(|x| {
+                *x = bf16::from_f32(self.uniform(scale)).to_le_bytes();
+            }),
+            Format::F16 => bytes.as_chunks_mut().0.iter_mut().for_each(|x| {
+                *x = f16::from_f32(self.uniform(scale)).to_le_bytes();
+            }),
+            Format::F32 => bytes.as_chunks_mut().0.iter_mut().for_each(|x| {
+                *x = self.uniform(scale).to_le_bytes();
+            }),
+            Format::W4 => self.fill_blocks(w4::BLOCK_BYTES, scale / 8.0, bytes),
+            Format::W8 => self.fill_blocks(w8::BLOCK_BYTES, scale / 128.0, bytes),
+        }
+    }
+
+    /// Random codes, and one scale for all groups.
+    fn fill_blocks(&mut self, block_bytes: usize, scale: f32, bytes: &mut [u8]) {
+        let scale = f16::from_f32(scale).to_le_bytes();
+        for block in bytes.chunks_exact_mut(block_bytes) {
+            let (scales, codes) = block.split_at_mut(w4::SCALE_BYTES);
+            scales.as_chunks_mut().0.fill(scale);
+            for codes in codes.as_chunks_mut().0 {
+                *codes = self.next().to_le_bytes();
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Dtypes, shapes, and bytes that keep their owner alive.
+
+use crate::quant::Format;
+use half::{bf16, f16};
+use std::fmt;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::Arc;
+
+/// Type of a tensor's elements in a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dtype {
+    Bf16,
+    F16,
+    F32,
+    U8,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+            Dtype::U8 => 1,
+        }
+    }
+
+    /// As safetensors spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::Bf16 => "BF16",
+            Dtype::F16 => "F16",
+            Dtype::F32 => "F32",
+            Dtype::U8 => "U8",
+        }
+    }
+
+    /// The matrix format of these elements, if they are floats.
+    pub fn format(self) -> Option<Format> {
+        match self {
+            Dtype::Bf16 => Some(Format::Bf16),
+            Dtype::F16 => Some(Format::F16),
+            Dtype::F32 => Some(Format::F32),
+            Dtype::U8 => None,
+        }
+    }
+}
+
+/// Read-only bytes of a mapping or of the heap. A clone shares them.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Bytes {
+        let range = 0..(*owner).as_ref().len();
+        Bytes { owner, range }
+    }
+
+    /// A part of these bytes. Panics if it lies outside.
+    pub fn slice(&self, range: Range<usize>) -> Bytes {
+        assert!(range.start <= range.end && range.end <= self.range.len());
+        let start = self.range.start;
+        Bytes { owner: self.owner.clone(), range: start + range.start..start + range.end }
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Bytes {
+        Bytes::new(Arc::new(bytes))
+    }
+}
+
+impl From<AlignedBuf> for Bytes {
+    fn from(bytes: AlignedBuf) -> Bytes {
+        Bytes::new(Arc::new(bytes))
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.len())
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Heap bytes that start at a cache line.
+pub struct AlignedBuf {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+impl AlignedBuf {
+    /// `len` zeros.
+    pub fn new(len: usize) -> AlignedBuf {
+        AlignedBuf { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+}
+
+impl Deref for AlignedBuf {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: a `Line` is 64 bytes without padding, and `len` is at most 64 a line.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `deref`, and the lines are borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+impl AsRef<[u8]> for AlignedBuf {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+/// An array of a file.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Bytes,
+}
+
+impl Tensor {
+    /// Number of elements. The shape was checked against the bytes when the tensor was made.
+    pub fn elements(&self) -> usize {
+        self.bytes.len() / self.dtype.size()
+    }
+
+    /// The elements as f32. Panics if they are no floats.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let format = self.dtype.format().expect("a float tensor");
+        let mut out = vec![0.0; self.elements()];
+        widen(format, &self.bytes, &mut out);
+        out
+    }
+}
+
+/// Converts little-endian floats to f32. bytes: as many elements as `out` has.
+pub fn widen(format: Format, bytes: &[u8], out: &mut [f32]) {
+    assert_eq!(bytes.len(), format.bytes(1, out.len()));
+    match format {
+        Format::Bf16 => {
+            for (out, x) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = bf16::from_le_bytes(*x).to_f32();
+            }
+        }
+        Format::F16 => {
+            for (out, x) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = f16::from_le_bytes(*x).to_f32();
+            }
+        }
+        Format::F32 => {
+            for (out, x) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = f32::from_le_bytes(*x);
+            }
+        }
+        Format::W8 | Format::W4 => panic!("{} has no elements to widen", format.name()),
+    }
+}

@@ -1,0 +1,117 @@
+"""Many Python threads, one model: each session is its own timeline, and others run meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import qdelta
+
+
+@pytest.fixture(scope="module")
+def model():
+    return qdelta.load("demo", quant="w8", threads=2, progress=False)
+
+
+def prompt(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 4000, 40 + seed, dtype=np.int32)
+
+
+def timeline(model, seed: int, steps: int = 20) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens and last logits after a prompt of its own."""
+    session = model._native.session()
+    session.feed(prompt(seed))
+    chosen = []
+    for _ in range(steps):
+        chosen.append(int(np.argmax(session.logits()[-1])))
+        session.feed(np.array(chosen[-1:], np.int32))
+    return chosen, session.logits()
+
+
+def test_sessions_do_not_meet(model):
+    """Eight threads at once give what they give one after another, to the bit."""
+    alone = [timeline(model, seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: timeline(model, seed), range(8)))
+    for (tokens, logits), (want_tokens, want_logits) in zip(together, alone, strict=True):
+        assert tokens == want_tokens
+        np.testing.assert_array_equal(logits, want_logits)
+
+
+def test_one_session_from_many_threads(model):
+    """Feeds of one session line up; none is lost and nothing breaks."""
+    session = model._native.session()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: session.feed(prompt(0)[: i + 1]), range(10)))
+    assert session.n_tokens == sum(range(1, 11))
+    assert len(session.tokens()) == session.n_tokens
+    again = model._native.session()
+    again.feed(session.tokens())
+    difference = again.logits()[-1] - session.logits()[-1]
+    assert np.abs(difference).max() < 0.05
+
+
+def test_other_python_threads_run_meanwhile(model):
+    """While a long feed works, a counting thread gets on."""
+    session = model._native.session()
+    tokens = np.random.default_rng(0).integers(0, 4000, 2000, dtype=np.int32)
+    counted, stop = [], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            counted.append(time.perf_counter())
+            time.sleep(0.001)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        while not counted:
+            time.sleep(0.001)
+        begin = time.perf_counter()
+        session.feed(tokens)
+        end = time.perf_counter()
+    finally:
+        stop.set()
+        counter.join()
+    during = [t for t in counted if begin < t < end]
+    assert end - begin < 0.02 or len(during) >= 5, (end - begin, len(during))
+
+
+def test_models_come_and_go(model):
+    """Sessions and snapshots keep what they need; threads end with their model."""
+    before = threading.active_count()
+    for _ in range(5):
+        other = qdelta.load("demo", quant="w8", threads=3, progress=False)
+        session = other._native.session()
+        session.feed(prompt(1))
+        snapshot = session.snapshot()
+        want = session.logits()
+        del other, session
+        session = None
+        assert snapshot.n_tokens == len(prompt(1))
+    assert threading.active_count() == before
+    fresh = model._native.session()
+    fresh.feed(prompt(1))
+    np.testing.assert_array_equal(fresh.logits(), want)
+
+
+def test_errors_in_threads_stay_there(model):
+    """A bad feed in one thread leaves the others and the model at work."""
+    want = timeline(model, 3)
+
+    def bad(_: int) -> str:
+        try:
+            model._native.session().feed(np.array([-5], np.int32))
+        except qdelta.ArgumentError as error:
+            return str(error)
+        return "no error"
+
+    with ThreadPoolExecutor(4) as pool:
+        errors = pool.map(bad, range(20))
+        good = [pool.submit(timeline, model, 3) for _ in range(4)]
+        assert all("-5" in error for error in errors)
+    for future in good:
+        np.testing.assert_array_equal(future.result()[1], want[1])
