@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 import pytest
+
 import qdelta
 from golden_data import MODELS, GoldenModel, assert_close, cases, golden_model, prompts
 from qdelta import _native
@@ -122,20 +123,6 @@ def test_greedy(name, isa):
                 assert np.abs(row - case["greedy_logits"][i]).max() < LOGITS, (prompt, i)
             assert int(np.argmax(row)) == token, (prompt, i)
             row = session.feed([token])
-
-
-@pytest.mark.parametrize("threads", THREADS)
-def test_greedy_through_generate(threads):
-    """The public verb at temperature 0 picks the same tokens."""
-    model = load(MODELS[0], ISAS[0], threads)
-    for prompt, case in prompts(golden(MODELS[0])):
-        session = model.session()
-        row = session.feed(case["input_ids"].tolist())
-        tokens = []
-        for _ in case["greedy_ids"]:
-            tokens.append(int(np.argmax(row)))
-            row = session.feed(tokens[-1:])
-        assert tokens == case["greedy_ids"].tolist(), prompt
 
 
 # -------------------------------------------------------------- inside: states, trace, plans

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import qdelta
 from golden_data import TEXT
 from qdelta import _native
+from tiny import make_checkpoint
 
 ISAS = _native.instruction_sets()
 
@@ -91,8 +93,6 @@ def test_snapshot_outlives_session(model):
 
 
 def test_snapshot_of_another_model_is_refused(model, tmp_path):
-    from tiny import make_checkpoint
-
     other = qdelta.load(make_checkpoint(tmp_path / "other"), quant="none", progress=False)
     stranger = other._native.session()
     stranger.feed(random_tokens(3))
@@ -187,10 +187,8 @@ def test_context_is_a_bound():
     before = everything(session)
     with pytest.raises(qdelta.ContextError) as caught:
         session.feed(random_tokens(11, seed=1))
-    assert (caught.value.needed, caught.value.available) == (41, 40) or (
-        (caught.value.needed, caught.value.available) == (11, 10)
-    )
-    assert "41" in str(caught.value) or "11" in str(caught.value)
+    assert (caught.value.needed, caught.value.available) == (41, 40)
+    assert "41" in str(caught.value)
     assert_same(everything(session), before)
     session.feed(random_tokens(10, seed=1))
     assert session.n_tokens == 40

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 import qdelta
 
 
@@ -90,7 +91,6 @@ def test_models_come_and_go(model):
         snapshot = session.snapshot()
         want = session.logits()
         del other, session
-        session = None
         assert snapshot.n_tokens == len(prompt(1))
     assert threading.active_count() == before
     fresh = model._native.session()

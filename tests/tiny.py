@@ -2,8 +2,8 @@
 
 `make_checkpoint` writes random weights of any shape under any spelling in use: name prefixes,
 config layouts, shards, dtypes. `formula_checkpoint` writes weights that a formula defines, so
-that the values they must give can be stated without stored files. `Container` opens a
-safetensors file by its parts, to put them together again wrongly.
+that the values they must give can be stated without stored files. `Container` takes a
+safetensors file apart.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
 from reference import Config, mtp_tensors, text_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,7 +48,6 @@ TEXT = {
 }
 ROPE = {
     "mrope_interleaved": True,
-    "mrope_section": [2, 1, 1],
     "rope_type": "default",
     "rope_theta": 10_000_000,
     "partial_rotary_factor": 0.5,
@@ -71,8 +71,6 @@ VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.")
 
 # ------------------------------------------------------------------------------ containers
 
-BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-
 
 def encode(values: np.ndarray, dtype: str) -> bytes:
     """Numbers as stored, little-endian, rounded to nearest even."""
@@ -83,46 +81,59 @@ def encode(values: np.ndarray, dtype: str) -> bytes:
 
 
 @dataclass
-class Container:
-    """A safetensors file: the parsed header, and the bytes after it."""
+class Stored:
+    """A tensor as a file holds it."""
 
-    header: dict
+    dtype: str
+    shape: list[int]
     data: bytes
+
+    @staticmethod
+    def of(dtype: str, values: np.ndarray) -> Stored:
+        return Stored(dtype, list(values.shape), encode(values, dtype))
+
+
+@dataclass
+class Container:
+    """A safetensors file in parts, to be put together again, wrongly if need be."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
 
     @staticmethod
     def read(path: Path) -> Container:
         raw = path.read_bytes()
         (length,) = struct.unpack("<Q", raw[:8])
-        return Container(json.loads(raw[8 : 8 + length]), raw[8 + length :])
+        header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+        metadata = header.pop("__metadata__", {})
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        return Container(
+            {
+                name: Stored(e["dtype"], e["shape"], data[slice(*e["data_offsets"])])
+                for name, e in entries
+            },
+            metadata,
+        )
 
-    @staticmethod
-    def of(tensors: dict[str, tuple[str, np.ndarray]]) -> Container:
-        """Pack tensors, name to (dtype, values), one behind the other."""
-        header, parts, end = {}, [], 0
-        for name, (dtype, values) in tensors.items():
-            part = encode(values, dtype)
-            header[name] = {
-                "dtype": dtype,
-                "shape": list(values.shape),
-                "data_offsets": [end, end + len(part)],
-            }
-            parts.append(part)
-            end += len(part)
-        header["__metadata__"] = {"format": "pt"}
-        return Container(header, b"".join(parts))
+    def header(self) -> dict:
+        """The header of these tensors, one behind the other."""
+        header: dict = {"__metadata__": self.metadata}
+        end = 0
+        for name, t in self.tensors.items():
+            begin, end = end, end + len(t.data)
+            header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [begin, end]}
+        return header
 
-    def write(self, path: Path) -> Path:
-        text = json.dumps(self.header).encode()
-        text += b" " * (-len(text) % 8)
-        path.write_bytes(struct.pack("<Q", len(text)) + text + self.data)
+    def write(self, path: Path, header: dict | str | bytes | None = None) -> Path:
+        """Write the file, under another header than its own if one is given."""
+        header = self.header() if header is None else header
+        if isinstance(header, dict):
+            header = json.dumps(header)
+        raw = header.encode() if isinstance(header, str) else header
+        raw += b" " * (-len(raw) % 8)
+        data = b"".join(t.data for t in self.tensors.values())
+        path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
         return path
-
-    def replace(self, name: str, dtype: str, values: np.ndarray) -> None:
-        """Give a tensor other contents, appended behind the old data."""
-        part = encode(values, dtype)
-        offsets = [len(self.data), len(self.data) + len(part)]
-        self.header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": offsets}
-        self.data += part
 
 
 def only_file(folder: Path) -> Path:
@@ -188,6 +199,7 @@ def config_json(
 ) -> dict:
     """A config.json around overrides of `TEXT` and `ROPE`; an override of None drops the key.
 
+    `mrope_section` is made to fit unless given.
     layout: "nested" (`text_config`) or "flat" (text fields at the top, as text-only files
     have it). rope_style: "rope_parameters", "rope_scaling" (older: `type`), or "loose" (fields
     beside the others, no section).
@@ -197,6 +209,9 @@ def config_json(
         return {k: v for k, v in {**base, **(extra or {})}.items() if v is not None}
 
     fields, rope = merged(TEXT, text), merged(ROPE, rope)
+    frequencies = int(fields["head_dim"] * rope["partial_rotary_factor"]) // 2
+    third = frequencies // 3
+    rope.setdefault("mrope_section", [frequencies - 2 * third, third, third])
     if rope_style == "rope_parameters":
         fields["rope_parameters"] = rope
     elif rope_style == "rope_scaling":
@@ -261,7 +276,7 @@ def make_checkpoint(
 
     rng = np.random.default_rng(seed)
     tensors = {
-        name: (stored_dtype(name, dtype), random_values(name, shape, rng))
+        name: Stored.of(stored_dtype(name, dtype), random_values(name, shape, rng))
         for name, shape in shapes.items()
     }
     write_shards(folder, tensors, shards, file_name)
@@ -278,19 +293,17 @@ def stored_dtype(name: str, dtype: str) -> str:
     return "F32" if name.endswith(("A_log", "linear_attn.norm.weight")) else "BF16"
 
 
-def write_shards(
-    folder: Path, tensors: dict[str, tuple[str, np.ndarray]], shards: int, file_name: str
-) -> None:
+def write_shards(folder: Path, tensors: dict[str, Stored], shards: int, file_name: str) -> None:
     if shards == 0:
-        Container.of(tensors).write(folder / file_name)
+        Container(tensors).write(folder / file_name)
         return
     weight_map = {}
     for i in range(shards):
         names = list(tensors)[i::shards]
         shard = f"model.safetensors-{i + 1:05}-of-{shards:05}.safetensors"
-        Container.of({name: tensors[name] for name in names}).write(folder / shard)
+        Container({name: tensors[name] for name in names}).write(folder / shard)
         weight_map |= dict.fromkeys(names, shard)
-    total = sum(values.size * BYTES[dtype] for dtype, values in tensors.values())
+    total = sum(len(t.data) for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -349,6 +362,7 @@ def formula_checkpoint(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config, weights = formula_model()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {f"{TEXT_PREFIXES[0]}{name}": ("F32", values) for name, values in weights.items()}
-    Container.of(tensors).write(folder / "model.safetensors")
+    Container(
+        {TEXT_PREFIXES[0] + name: Stored.of("F32", values) for name, values in weights.items()}
+    ).write(folder / "model.safetensors")
     return folder

@@ -50,9 +50,7 @@ impl Model {
     ) -> PyResult<Model> {
         let options = options(context, threads, kv, isa).map_err(|error| exception(py, error))?;
         let checkpoint = checkpoint.inner.clone();
-        let inner = detached(py, || {
-            CoreModel::new(checkpoint.config.clone(), checkpoint.quant, checkpoint, options)
-        })?;
+        let inner = detached(py, || CoreModel::load(checkpoint, options))?;
         Ok(Model { inner: Arc::new(inner) })
     }
 

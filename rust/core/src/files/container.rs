@@ -113,7 +113,7 @@ impl Info {
                 )));
             }
         };
-        let sources: Vec<(String, u64, i64)> = serde_json::from_str(get("qdelta.sources")?)
+        let sources: Vec<(String, u64, u64)> = serde_json::from_str(get("qdelta.sources")?)
             .map_err(|e| Error::File(format!("{file}: `qdelta.sources` is not valid: {e}")))?;
         Ok(Info {
             quant,
@@ -206,7 +206,7 @@ mod tests {
         Info {
             quant: Quant::W4,
             config_json: "{\"qdelta.hash\":\"0\", \"x\": \"é\"}".to_owned(),
-            sources: vec![SourceFile { name: "a \"b\"".to_owned(), bytes: 5, modified_ns: -1 }],
+            sources: vec![SourceFile { name: "a \"b\"".to_owned(), bytes: 5, modified_ns: 1 }],
         }
     }
 

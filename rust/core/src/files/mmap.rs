@@ -10,7 +10,6 @@ use crate::error::{Error, Result};
 use crate::tensor::Bytes;
 use memmap2::Mmap;
 use std::fs::File;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -64,19 +63,19 @@ impl Mapping {
         let _ = self.map.advise(memmap2::Advice::HugePage);
     }
 
-    /// Lets the system take back the memory of these bytes; reading them again loads them again.
-    pub fn release(&self, range: Range<usize>) {
-        #[cfg(target_os = "linux")]
-        {
-            let (start, len) = (range.start, range.len());
-            // SAFETY: the pages are clean and backed by the file, so that a later access reads
-            // the same bytes from it. memmap2 checks the range.
-            let _ = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
-            };
+    /// Lets the system take back the memory of a part of this mapping; reading it again loads it
+    /// again. Bytes of something else are left alone.
+    pub fn release(&self, part: &[u8]) {
+        let start = part.as_ptr().addr().wrapping_sub(self.map.as_ptr().addr());
+        if start.checked_add(part.len()).is_none_or(|end| end > self.map.len()) {
+            return;
         }
-        #[cfg(not(target_os = "linux"))]
-        let _ = range;
+        // SAFETY: the pages are clean and backed by the file, so that a later access reads the same
+        // bytes from it. memmap2 checks the range.
+        #[cfg(target_os = "linux")]
+        let _ = unsafe {
+            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len())
+        };
     }
 
     /// An error if the file at this path is not the one that was mapped.
@@ -121,7 +120,8 @@ mod tests {
         mapping.will_need();
         let part = mapping.bytes().slice(100..15_000);
         assert_eq!(part[..], data[100..15_000]);
-        mapping.release(100..15_000);
+        mapping.release(&part);
+        mapping.release(&data);
         drop(mapping);
         assert_eq!(part[..], data[100..15_000]);
     }

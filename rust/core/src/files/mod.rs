@@ -22,7 +22,7 @@ pub struct SourceFile {
     pub name: String,
     pub bytes: u64,
     /// Time of the last change in nanoseconds since 1970; 0 if the system does not know it.
-    pub modified_ns: i64,
+    pub modified_ns: u64,
 }
 
 impl SourceFile {
@@ -31,7 +31,7 @@ impl SourceFile {
         SourceFile {
             name: file_name(path),
             bytes: metadata.len(),
-            modified_ns: since_1970.and_then(|t| i64::try_from(t.as_nanos()).ok()).unwrap_or(0),
+            modified_ns: since_1970.and_then(|t| u64::try_from(t.as_nanos()).ok()).unwrap_or(0),
         }
     }
 }
@@ -64,6 +64,15 @@ impl FileTensor {
 /// The last part of a path, for messages.
 pub fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// A shape for messages, whatever length a file gives it.
+pub fn shape_text(shape: &[usize]) -> String {
+    const MOST: usize = 8;
+    match shape.get(..MOST) {
+        Some(first) if shape.len() > MOST => format!("{first:?} and {} more", shape.len() - MOST),
+        _ => format!("{shape:?}"),
+    }
 }
 
 /// Size and time of a regular file. Anything else, a pipe say, could keep a reader waiting forever.

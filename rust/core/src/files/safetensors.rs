@@ -7,6 +7,7 @@
 //!
 //! Tensors fill the data without overlap and without holes, as the format demands.
 
+use super::shape_text;
 use crate::error::{Error, Result};
 use safetensors::tensor::TensorInfo;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -81,21 +82,22 @@ pub fn read_header(bytes: &[u8], file: &str) -> Result<Header> {
             Some(bits) if bits.is_multiple_of(8) && bits / 8 == end - begin => {}
             Some(bits) => {
                 return Err(wrong(format!(
-                    "{} bytes, expected {} for {} {:?}",
+                    "{} bytes, expected {} for {} {}",
                     end - begin,
                     bits.div_ceil(8),
                     info.dtype,
-                    info.shape
+                    shape_text(&info.shape)
                 )));
             }
             None => {
-                return Err(wrong(format!("shape {:?} has more elements than fit", info.shape)));
+                let shape = shape_text(&info.shape);
+                return Err(wrong(format!("shape {shape} has more elements than fit")));
             }
         }
     }
 
     let mut tensors = tensors;
-    tensors.sort_by(|a, b| a.1.data_offsets.cmp(&b.1.data_offsets));
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
     let mut covered = 0;
     for (name, info) in &tensors {
         let (begin, end) = info.data_offsets;

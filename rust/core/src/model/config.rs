@@ -5,6 +5,7 @@
 //! a missing `layer_types`. Everything that would change the arithmetic and is not supported is an
 //! error.
 
+use super::tensors::{mtp_tensors, text_tensors, vision_tensors};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 
@@ -64,8 +65,12 @@ pub struct Config {
     pub vision: Option<VisionConfig>,
 }
 
-/// No size in a config is larger: products of three of them fit 64 bits.
+/// No size in a config is larger. The largest that are published are a tenth of it.
 const MOST: u64 = 1 << 21;
+/// Nor is a number of layers. It decides how much is allocated before a tensor was seen.
+const MOST_LAYERS: u64 = 1 << 12;
+/// Nor are the elements of a tensor, so that sizes computed from them cannot overflow.
+const MOST_ELEMENTS: u64 = 1 << 40;
 
 impl Config {
     /// Reads config.json. `file` is named in errors.
@@ -83,7 +88,7 @@ impl Config {
         let reader = Reader { file, text };
         reader.refuse_unsupported(top)?;
 
-        let num_hidden_layers = reader.size("num_hidden_layers")?;
+        let num_hidden_layers = reader.size_below("num_hidden_layers", MOST_LAYERS)?;
         let head_dim = reader.size("head_dim")?;
         let config = Config {
             hidden_size: reader.size("hidden_size")?,
@@ -136,11 +141,27 @@ impl Config {
             "linear_num_key_heads",
             self.linear_num_key_heads,
         )?;
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(Error::File(format!(
+                "{file}: `head_dim` is {}, expected an even number",
+                self.head_dim
+            )));
+        }
         if self.mtp_num_hidden_layers > 1 {
             return Err(Error::Unsupported(format!(
                 "{file}: `mtp_num_hidden_layers` is {}, supported are 0 and 1",
                 self.mtp_num_hidden_layers
             )));
+        }
+        let vision = self.vision.as_ref().map(vision_tensors).unwrap_or_default();
+        for tensor in text_tensors(self).iter().chain(&mtp_tensors(self)).chain(&vision) {
+            if tensor.elements().is_none_or(|n| n as u64 > MOST_ELEMENTS) {
+                return Err(Error::File(format!(
+                    "{file}: its sizes give tensor `{}` the shape {:?}, expected at most \
+                     {MOST_ELEMENTS} elements",
+                    tensor.name, tensor.shape
+                )));
+            }
         }
         Ok(())
     }
@@ -188,12 +209,16 @@ impl Reader<'_> {
     }
 
     fn size(&self, key: &str) -> Result<usize> {
+        self.size_below(key, MOST)
+    }
+
+    fn size_below(&self, key: &str, most: u64) -> Result<usize> {
         let value = self
             .get(key)
             .ok_or_else(|| Error::File(format!("{}: `{key}` is missing", self.file)))?;
         match value.as_u64() {
-            Some(n @ 1..=MOST) => Ok(n as usize),
-            _ => Err(wrong(self.file, key, &format!("an integer from 1 to {MOST}"), value)),
+            Some(n) if (1..=most).contains(&n) => Ok(n as usize),
+            _ => Err(wrong(self.file, key, &format!("an integer from 1 to {most}"), value)),
         }
     }
 
@@ -225,10 +250,20 @@ impl Reader<'_> {
         }
     }
 
+    /// The key is at both levels in published configs. Missing means false, as for the config class
+    /// that writes them.
     fn tied(&self, top: &Map<String, Value>) -> Result<bool> {
+        const KEY: &str = "tie_word_embeddings";
+        let here = self.bool_or(KEY, false)?;
         let top = Reader { file: self.file, text: top };
-        let at_top = top.bool_or("tie_word_embeddings", false)?;
-        self.bool_or("tie_word_embeddings", at_top)
+        let at_top = top.bool_or(KEY, here)?;
+        if self.get(KEY).is_some() && here != at_top {
+            return Err(Error::File(format!(
+                "{}: `{KEY}` is {at_top}, in `text_config` {here}, expected the same",
+                self.file
+            )));
+        }
+        Ok(at_top)
     }
 
     fn refuse_unsupported(&self, top: &Map<String, Value>) -> Result<()> {
@@ -313,28 +348,31 @@ impl Reader<'_> {
 
     fn rope(&self, head_dim: usize) -> Result<Rope> {
         let file = self.file;
-        let none = Map::new();
-        let object = ["rope_parameters", "rope_scaling"].iter().find_map(|key| self.get(key));
-        let object = match object {
-            None => &none,
-            Some(Value::Object(object)) => object,
-            Some(other) => return Err(wrong(file, "rope_parameters", "an object", other)),
-        };
-        let inner = Reader { file, text: object };
-        let find = |key: &str| inner.get(key).or_else(|| self.get(key));
-        if let Some(kind) = inner.get("rope_type").or_else(|| inner.get("type"))
-            && !matches!(kind.as_str(), Some("default" | "mrope"))
-        {
-            return Err(Error::Unsupported(format!(
-                "{file}: `rope_type` is {kind}, only \"default\" is supported"
-            )));
+        let mut objects = Vec::new();
+        for key in ["rope_parameters", "rope_scaling"] {
+            match self.get(key) {
+                None => {}
+                Some(Value::Object(text)) => objects.push(Reader { file, text }),
+                Some(other) => return Err(wrong(file, key, "an object", other)),
+            }
         }
-        if let Some(value) = inner.get("mrope_interleaved")
-            && *value != Value::from(true)
-        {
-            return Err(Error::Unsupported(format!(
-                "{file}: `mrope_interleaved` is {value}, only true is supported"
-            )));
+        let find = |key: &str| objects.iter().chain([self]).find_map(|object| object.get(key));
+        for object in &objects {
+            if let Some(kind) = object.get("rope_type").or_else(|| object.get("type"))
+                && !matches!(kind.as_str(), Some("default" | "mrope"))
+            {
+                return Err(Error::Unsupported(format!(
+                    "{file}: `rope_type` is {kind}, only \"default\" is supported: contexts longer \
+                     than the native one are not; remove the key to run without the extension"
+                )));
+            }
+            if let Some(value) = object.get("mrope_interleaved")
+                && value.as_bool() != Some(true)
+            {
+                return Err(Error::Unsupported(format!(
+                    "{file}: `mrope_interleaved` is {value}, only true is supported"
+                )));
+            }
         }
         let number = |key: &str, default: f64| match find(key) {
             None => Ok(default),
@@ -352,29 +390,37 @@ impl Reader<'_> {
                  of `head_dim` {head_dim}, found {rotary_dim}"
             )));
         }
-        let mrope_section = match inner.get("mrope_section") {
-            None => [11, 11, 10],
-            Some(value) => {
-                let section: Option<Vec<usize>> = value
-                    .as_array()
-                    .map(|s| s.iter().filter_map(|n| n.as_u64().map(|n| n as usize)).collect());
-                let section: Option<[usize; 3]> = section.and_then(|s| s.try_into().ok());
-                let sum = section.and_then(|s| s.iter().try_fold(0usize, |a, n| a.checked_add(*n)));
-                match (section, sum) {
-                    (Some(section), Some(sum)) if sum == rotary_dim / 2 => section,
-                    _ => {
-                        let expected = format!("three counts that sum to {}", rotary_dim / 2);
-                        return Err(wrong(file, "mrope_section", &expected, value));
-                    }
-                }
-            }
+        let Some(value) = find("mrope_section") else {
+            // Of the published models. Without images all sections have the same positions.
+            return Ok(Rope { theta, rotary_dim, mrope_section: [11, 11, 10] });
         };
-        Ok(Rope { theta, rotary_dim, mrope_section })
+        let section: Option<Vec<usize>> = value.as_array().and_then(|section| {
+            section.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect()
+        });
+        let section: Option<[usize; 3]> = section.and_then(|section| section.try_into().ok());
+        let sum = |section: &[usize; 3]| section.iter().try_fold(0usize, |a, n| a.checked_add(*n));
+        match section {
+            Some(mrope_section) if sum(&mrope_section) == Some(rotary_dim / 2) => {
+                Ok(Rope { theta, rotary_dim, mrope_section })
+            }
+            _ => {
+                let expected = format!("three counts that sum to {}", rotary_dim / 2);
+                Err(wrong(file, "mrope_section", &expected, value))
+            }
+        }
     }
 
     fn vision(&self) -> Result<VisionConfig> {
+        if let Some(value) = self.get("deepstack_visual_indexes")
+            && value.as_array().is_none_or(|layers| !layers.is_empty())
+        {
+            return Err(Error::Unsupported(format!(
+                "{}: `deepstack_visual_indexes` is {value}, only [] is supported",
+                self.file
+            )));
+        }
         Ok(VisionConfig {
-            depth: self.size("depth")?,
+            depth: self.size_below("depth", MOST_LAYERS)?,
             hidden_size: self.size("hidden_size")?,
             intermediate_size: self.size("intermediate_size")?,
             num_heads: self.size("num_heads")?,
@@ -432,12 +478,70 @@ mod tests {
             ("rms_norm_eps", "-1"),
             ("partial_rotary_factor", "0.01"),
             ("partial_rotary_factor", "2"),
-            ("quantization_config", "{}"),
+            ("rope_theta", "-1"),
+            ("rope_theta", "\"1\""),
+            ("head_dim", "15"),
+            ("head_dim", "null"),
+            ("rope_parameters", "[]"),
+            ("rope_parameters", "{\"mrope_interleaved\": false}"),
+            ("rope_parameters", "{\"mrope_section\": [2, 1]}"),
+            ("rope_parameters", "{\"mrope_section\": [2, 1, 1, \"x\"]}"),
+            ("rope_parameters", "{\"mrope_section\": [2, 2, 1]}"),
+            ("rope_parameters", "{\"mrope_section\": [18446744073709551615, 4, 1]}"),
+            ("rope_parameters", "{\"rope_type\": \"yarn\", \"factor\": 4.0}"),
+            ("rope_scaling", "{\"type\": \"linear\"}"),
+            ("num_hidden_layers", "100000"),
+            ("full_attention_interval", "0"),
+            ("tie_word_embeddings", "1"),
+            ("text_config", "[]"),
+            ("vision_config", "3"),
+            ("vision_config", "{\"depth\": 1000000}"),
+            ("quantization", "{\"bits\": 4}"),
+            ("num_experts", "8"),
+            ("quantization_config", "{\"quant_method\": \"fp8\"}"),
             ("model_type", "\"llama\""),
             ("mtp_num_hidden_layers", "2"),
         ] {
             let error = with(key, value).expect_err(key).to_string();
-            assert!(error.starts_with("config.json: ") && error.contains(key), "{key}: {error}");
+            assert!(error.starts_with("config.json: "), "{key}: {error}");
+            let inner = ["rope_parameters", "rope_scaling", "vision_config"];
+            assert!(error.contains(key) || inner.contains(&key), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn products_that_overflow() {
+        let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
+        for key in ["num_attention_heads", "head_dim", "hidden_size"] {
+            json[key] = Value::from(1 << 21);
+        }
+        json["rope_scaling"]["mrope_section"] = Value::from(vec![1 << 18, 1 << 18, 0]);
+        let error = Config::from_json(&json.to_string(), "config.json").expect_err("too large");
+        assert!(error.to_string().contains("q_proj.weight` the shape [8796093022208, 2097152]"), "{error}");
+    }
+
+    #[test]
+    fn tied_at_two_levels() {
+        let tied = |top: &str, text: &str| {
+            let mut inner: Value = serde_json::from_str(TINY).expect("the sample is valid");
+            inner["tie_word_embeddings"] = serde_json::from_str(text).expect("the value is valid");
+            let json = format!(
+                r#"{{"model_type": "qwen3_5", "tie_word_embeddings": {top}, "text_config": {inner}}}"#
+            );
+            Config::from_json(&json, "config.json").map(|config| config.tie_word_embeddings)
+        };
+        for (top, text, expected) in [
+            ("true", "true", true),
+            ("true", "null", true),
+            ("null", "true", true),
+            ("false", "null", false),
+            ("null", "null", false),
+        ] {
+            assert_eq!(tied(top, text).expect("the levels agree"), expected, "{top} {text}");
+        }
+        for (top, text) in [("true", "false"), ("false", "true")] {
+            let error = tied(top, text).expect_err("the levels disagree").to_string();
+            assert!(error.ends_with("expected the same"), "{error}");
         }
     }
 }

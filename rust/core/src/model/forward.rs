@@ -1,9 +1,10 @@
 //! The whole model: embedding, layers, final norm, head.
 
+use super::checkpoint::Checkpoint;
 use super::config::{Config, LayerType};
 use super::weights::{Source, Weights};
 use crate::error::{Error, Result};
-use crate::kernels::rope;
+use crate::kernels::rope::Rope;
 use crate::layers::Context;
 use crate::layers::attention::Positions;
 use crate::layers::block::Scratch;
@@ -38,7 +39,7 @@ pub struct Model {
     pub kv: Format,
     pub(crate) pool: Pool,
     weights: Weights,
-    frequencies: Vec<f32>,
+    rope: Rope,
     source: Arc<dyn Source>,
 }
 
@@ -64,6 +65,13 @@ pub struct MemoryPlan {
 pub const PIECE: usize = 512;
 
 impl Model {
+    /// Loads a checkpoint: its small tensors are read, its matrices stay where they lie.
+    pub fn load(checkpoint: Arc<Checkpoint>, options: Options) -> Result<Model> {
+        checkpoint.check_values()?;
+        checkpoint.will_need();
+        Model::new(checkpoint.config.clone(), checkpoint.quant, checkpoint, options)
+    }
+
     /// Binds the weights and starts the threads.
     pub fn new(config: Config, quant: Quant, source: Arc<dyn Source>, options: Options) -> Result<Model> {
         let native = config.max_position_embeddings;
@@ -84,7 +92,7 @@ impl Model {
         let kv = options.kv.unwrap_or(if quant == Quant::None { Format::F32 } else { Format::F16 });
         Ok(Model {
             weights: Weights::bind(&config, &*source)?,
-            frequencies: rope::frequencies(config.rope.theta, config.rope.rotary_dim),
+            rope: Rope::new(config.rope.theta, config.rope.rotary_dim, config.rope.mrope_section),
             pool: Pool::new(threads),
             config,
             quant,
@@ -165,9 +173,19 @@ impl Model {
         if let Some(trace) = trace {
             trace.part("embed", hidden, 0, scratch.x.chunks_exact(hidden).enumerate());
         }
-        let mut angles = Vec::with_capacity(tokens.len() * self.frequencies.len());
+        let mut angles = Vec::with_capacity(tokens.len() * self.rope.len());
         for position in past..past + tokens.len() {
-            rope::angles(&self.frequencies, position, &mut angles);
+            self.rope.angles([position; 3], &mut angles);
+        }
+        if let Some(trace) = trace {
+            // Both halves of a rotation use the same angle; the reference lists it twice.
+            for (name, part) in [("rope_cos", 0), ("rope_sin", 1)] {
+                let values: Vec<f32> = angles.iter().map(|angle| angle[part]).collect();
+                let n = self.rope.len();
+                for half in 0..2 {
+                    trace.part(name, 2 * n, half * n, values.chunks_exact(n).enumerate());
+                }
+            }
         }
         let positions = Positions { past, angles: &angles, cache: self.kv };
         for (i, (block, state)) in self.weights.blocks.iter().zip(&mut state.layers).enumerate() {

@@ -1,5 +1,6 @@
 //! Binds tensors by name to the parts of the model.
 
+use super::checkpoint::Checkpoint;
 use super::config::{Config, LayerType};
 use crate::error::{Error, Result};
 use crate::layers::attention::{self, Attention};
@@ -19,6 +20,16 @@ pub trait Source: Send + Sync {
 
     /// An error if the files behind the tensors are not what they were.
     fn check_unchanged(&self) -> Result<()>;
+}
+
+impl Source for Checkpoint {
+    fn tensor(&self, name: &str) -> Option<Tensor> {
+        self.tensor(name).cloned()
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        self.check_unchanged()
+    }
 }
 
 /// All weights of the text model.

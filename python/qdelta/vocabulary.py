@@ -1,0 +1,245 @@
+"""Reading a tokenizer's files: vocabulary, merges, added tokens, chat template.
+
+Two forms exist: `tokenizer.json`, or `vocab.json` with `merges.txt`. Added tokens stand in
+tokenizer.json and in the `added_tokens_decoder` of tokenizer_config.json; either may have some
+that the other lacks, so both are read and joined by id. The byte-level BPE itself is the
+`tokenizers` library's; it gets only what lies between added tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import FileAccessError, FileError, UnsupportedError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+# Letters keep their marks (\p{M}); the Qwen2 pattern, which does not, gives other ids for Thai,
+# Hindi, Arabic and all decomposed text, although tokenizer_class may name that family.
+PRE_TOKENIZER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is found in text as a whole, before any splitting."""
+
+    id: int
+    text: str
+    special: bool  # dropped by decode(skip_special=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A tokenizer as its files state it."""
+
+    bpe: tokenizers.Tokenizer  # NFC, splitting, BPE; knows no added tokens
+    added: dict[int, AddedToken]
+    size: int  # largest id + 1
+    chat_template: str | None
+    named_tokens: dict[str, str]  # "eos_token", ... -> text
+    config: dict[str, Any]  # tokenizer_config.json
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Those of TOKENIZER_FILES that `folder` has. Raises FileAccessError."""
+    files = {}
+    for name in TOKENIZER_FILES:
+        try:
+            files[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise FileAccessError(error.errno, error.strerror, str(folder / name)) from error
+    return files
+
+
+def parse_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in file `name`, empty if there is none. Raises FileError."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{name}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{name}: an object expected, found {type(value).__name__}")
+    return value
+
+
+def build(files: Mapping[str, bytes]) -> Vocabulary:
+    """The vocabulary that `files` (name -> content) describe.
+
+    Raises FileError for damaged or missing files, UnsupportedError for a tokenizer of another
+    kind than byte-level BPE with exactly matched added tokens.
+    """
+    config = parse_json(files, "tokenizer_config.json")
+    if "tokenizer.json" in files:
+        bpe, added = _from_tokenizer_json(files["tokenizer.json"])
+    elif "vocab.json" in files and "merges.txt" in files:
+        bpe, added = _from_vocab_and_merges(files, config), {}
+    else:
+        raise FileError("tokenizer.json: missing, and there are no vocab.json and merges.txt")
+    for token in _added_in_config(config):
+        known = added.setdefault(token.id, token)
+        if known.text != token.text:
+            raise FileError(
+                f"tokenizer_config.json: added token {token.id} is {token.text!r}, "
+                f"in tokenizer.json it is {known.text!r}"
+            )
+    texts = [token.text for token in added.values()]
+    if len(set(texts)) != len(texts):
+        raise FileError("tokenizer_config.json: two added tokens share one text")
+    base = bpe.get_vocab_size(with_added_tokens=False)
+    if base and bpe.id_to_token(base - 1) is None:  # ids with gaps: count and largest id differ
+        base = 1 + max(bpe.get_vocab(with_added_tokens=False).values())
+    return Vocabulary(
+        bpe=bpe,
+        added=added,
+        size=max([base, *(id + 1 for id in added)]),
+        chat_template=_chat_template(files, config),
+        named_tokens=dict(_named_tokens(config)),
+        config=config,
+    )
+
+
+def _from_tokenizer_json(
+    content: bytes,
+) -> tuple[tokenizers.Tokenizer, dict[int, AddedToken]]:
+    import tokenizers
+
+    full = _library_call(
+        "tokenizer.json", lambda: tokenizers.Tokenizer.from_buffer(content)
+    )
+    if not isinstance(full.model, tokenizers.models.BPE):
+        raise UnsupportedError(
+            f"tokenizer.json: model type {type(full.model).__name__}, only BPE is supported"
+        )
+    if full.num_special_tokens_to_add(False):
+        raise UnsupportedError("tokenizer.json: post_processor adds tokens; none are expected")
+    added = {}
+    for id, token in full.get_added_tokens_decoder().items():
+        _check_exact("tokenizer.json", token.content, token.lstrip, token.rstrip, token.single_word)
+        added[id] = AddedToken(id, token.content, token.special)
+    # The model is shared, not copied; only the added tokens are left behind.
+    bpe = tokenizers.Tokenizer(full.model)
+    if full.normalizer is not None:
+        bpe.normalizer = full.normalizer
+    if full.pre_tokenizer is not None:
+        bpe.pre_tokenizer = full.pre_tokenizer
+    return bpe, added
+
+
+def _from_vocab_and_merges(
+    files: Mapping[str, bytes], config: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    vocab = parse_json(files, "vocab.json")
+    for text, id in vocab.items():
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise FileError(f"vocab.json: entry {text!r} has the id {id!r}")
+    try:
+        lines = files["merges.txt"].decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise FileError(f"merges.txt: not valid UTF-8: {error}") from error
+    merges = []
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2:
+            raise FileError(f"merges.txt:{number}: two tokens expected, found {len(pair)}")
+        merges.append((pair[0], pair[1]))
+    pattern = config.get("pretokenize_regex") or PRE_TOKENIZER
+
+    def assemble() -> tokenizers.Tokenizer:
+        bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        bpe.normalizer = normalizers.NFC()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        return bpe
+
+    return _library_call("vocab.json, merges.txt", assemble)
+
+
+def _library_call(file_name: str, call: Callable[[], _T]) -> _T:
+    """Run `call`; the library's plain exceptions, and its panics, become FileError."""
+    try:
+        return call()
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise FileError(f"{file_name}: not a usable tokenizer: {error}") from error
+        raise
+
+
+def _added_in_config(config: Mapping[str, Any]) -> Iterator[AddedToken]:
+    file_name = "tokenizer_config.json"
+    entries = config.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise FileError(f"{file_name}: added_tokens_decoder is not an object")
+    for key, entry in entries.items():
+        text = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(text, str) or not text or not key.isdecimal() or int(key) >= 2**31:
+            raise FileError(f"{file_name}: added_tokens_decoder entry {key!r} is malformed")
+        flags = [bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "single_word")]
+        _check_exact(file_name, text, *flags)
+        yield AddedToken(int(key), text, bool(entry.get("special")))
+
+
+def _check_exact(
+    file_name: str, text: str, lstrip: bool, rstrip: bool, single_word: bool
+) -> None:
+    if lstrip or rstrip or single_word:
+        raise UnsupportedError(
+            f"{file_name}: added token {text!r} sets lstrip, rstrip or single_word; "
+            "only exact matching is supported"
+        )
+
+
+def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
+    if "chat_template.jinja" in files:
+        try:
+            return files["chat_template.jinja"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FileError(f"chat_template.jinja: not valid UTF-8: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise FileError("tokenizer_config.json: chat_template is neither text nor a list of texts")
+    return template
+
+
+def _named_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            yield name, value

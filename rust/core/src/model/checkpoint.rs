@@ -1,0 +1,332 @@
+//! A checkpoint: its config and its tensors by name, checked against the model's table.
+//!
+//! Opening reads headers only. Afterwards every tensor of the text model is there, with the shape
+//! that the config asks for and a dtype that the kernels read. The multi-token-prediction module
+//! and the vision tower are each there as a whole or not at all.
+
+use super::config::Config;
+use super::tensors::{
+    Role, Storage, TensorSpec, canonical_name, mtp_tensors, text_tensors, vision_tensors,
+};
+use crate::error::{Error, Result};
+use crate::files::container::{self, ALIGNMENT, Info};
+use crate::files::folder::{Folder, mlx};
+use crate::files::mmap::Mapping;
+use crate::files::safetensors::read_header;
+use crate::files::{FileTensor, SourceFile, file_name, shape_text};
+use crate::quant::{Format, Quant};
+use crate::tensor::{Bytes, Dtype, Tensor};
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+/// An opened checkpoint: a folder as Hugging Face holds it, or a converted file.
+pub struct Checkpoint {
+    pub config: Config,
+    pub config_json: String,
+    /// What its matrices were converted to.
+    pub quant: Quant,
+    name: String,
+    metadata: BTreeMap<String, String>,
+    specs: Vec<TensorSpec>,
+    tensors: HashMap<String, Bound>,
+    attachments: BTreeMap<String, Bytes>,
+    listing: Vec<FileTensor>,
+    sources: Vec<SourceFile>,
+    mappings: Vec<Arc<Mapping>>,
+}
+
+/// A tensor of the model and where it was found.
+struct Bound {
+    tensor: Tensor,
+    place: String,
+}
+
+impl Checkpoint {
+    /// Opens a folder or a converted file.
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if metadata.is_dir() { Checkpoint::open_folder(path) } else { Checkpoint::open_file(path) }
+    }
+
+    fn open_folder(path: &Path) -> Result<Checkpoint> {
+        let Folder { config_json, tensors, unlisted, mappings, sources } = Folder::open(path)?;
+        let config = Config::from_json(&config_json, "config.json")?;
+        let name = path.display().to_string();
+        let (specs, tensors, listing) = bind(&config, Quant::None, &name, tensors, unlisted)?;
+        Ok(Checkpoint {
+            config,
+            config_json,
+            quant: Quant::None,
+            name,
+            metadata: BTreeMap::new(),
+            specs,
+            tensors,
+            attachments: BTreeMap::new(),
+            listing,
+            sources,
+            mappings,
+        })
+    }
+
+    fn open_file(path: &Path) -> Result<Checkpoint> {
+        let (mapping, name) = (Mapping::open(path)?, file_name(path));
+        let bytes = mapping.bytes();
+        let header = read_header(&bytes, &name)?;
+        let Info { quant, config_json, sources } = Info::from_metadata(&header.metadata, &name)?;
+        let config = Config::from_json(&config_json, &format!("{name}: config.json"))?;
+        let (mut found, mut attachments) = (Vec::new(), BTreeMap::new());
+        for entry in header.entries {
+            if !entry.range.start.is_multiple_of(ALIGNMENT) {
+                return Err(Error::File(format!(
+                    "{name}: tensor `{}`: starts at byte {}, expected a multiple of {ALIGNMENT}",
+                    entry.name, entry.range.start
+                )));
+            }
+            let bytes = bytes.slice(entry.range);
+            if let Some(file) = container::attachment_name(&entry.name) {
+                attachments.insert(file.to_owned(), bytes);
+            } else if !container::is_padding(&entry.name) {
+                let (dtype, shape, file) = (entry.dtype, entry.shape, name.clone());
+                found.push(FileTensor { name: entry.name, dtype, shape, bytes, file });
+            }
+        }
+        let (specs, tensors, listing) = bind(&config, quant, &name, found, Vec::new())?;
+        Ok(Checkpoint {
+            config,
+            config_json,
+            quant,
+            name,
+            metadata: header.metadata,
+            specs,
+            tensors,
+            attachments,
+            listing,
+            sources,
+            mappings: vec![mapping],
+        })
+    }
+
+    /// A tensor of the model. Names are those of the table; a packed matrix of a converted file
+    /// ends in `w4` or `w8` in place of `weight` and is U8 [panels, bytes of a panel].
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name).map(|bound| &bound.tensor)
+    }
+
+    /// File and name of a tensor of the model, as errors say it.
+    pub fn place(&self, name: &str) -> String {
+        match self.tensors.get(name) {
+            Some(bound) => bound.place.clone(),
+            None => format!("{}: tensor `{name}`", self.name),
+        }
+    }
+
+    /// A tensor as f32, or an error if one of its values is not finite.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        let wrong = |text: String| Error::File(format!("{}{text}", self.place(name)));
+        let tensor = self.tensor(name).ok_or_else(|| wrong(" is missing".to_owned()))?;
+        if tensor.dtype == Dtype::U8 {
+            return Err(wrong(": dtype U8, expected BF16, F16 or F32".to_owned()));
+        }
+        let values = tensor.to_f32();
+        match values.iter().position(|x| !x.is_finite()) {
+            None => Ok(values),
+            Some(i) => Err(wrong(format!(": element {i} is {}, expected a finite number", values[i]))),
+        }
+    }
+
+    /// Reads the tensors where one value that is not finite spoils every token: norms, convolution
+    /// taps, A_log, dt_bias. They are a thousandth of the weights.
+    pub fn check_values(&self) -> Result<()> {
+        let mut small = self.specs.iter().filter(|spec| spec.role == Role::Small);
+        small.try_for_each(|spec| self.floats(&spec.stored_name(self.quant)).map(drop))
+    }
+
+    /// The tensors of the model that are there, in the order of their use.
+    pub fn specs(&self) -> &[TensorSpec] {
+        &self.specs
+    }
+
+    pub fn has_mtp(&self) -> bool {
+        self.specs.iter().any(|spec| spec.name.starts_with("mtp."))
+    }
+
+    pub fn has_vision(&self) -> bool {
+        self.specs.iter().any(|spec| spec.role == Role::Vision)
+    }
+
+    /// A file of the checkpoint folder that travels in the converted file.
+    pub fn attachment(&self, name: &str) -> Option<Bytes> {
+        self.attachments.get(name).cloned()
+    }
+
+    /// Names of all attached files.
+    pub fn attachments(&self) -> impl Iterator<Item = &str> {
+        self.attachments.keys().map(String::as_str)
+    }
+
+    /// Metadata of a converted file; empty for a folder.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// The files of the checkpoint; for a converted file, those it was made from.
+    pub fn sources(&self) -> &[SourceFile] {
+        &self.sources
+    }
+
+    /// All tensors as the files have them, those that the model does not use included: name,
+    /// dtype, or format of a packed matrix, shape, bytes, file.
+    pub fn listing(&self) -> Vec<(String, String, Vec<usize>, usize, String)> {
+        let row = |t: &FileTensor| {
+            let packed = [Format::W4, Format::W8].map(Format::name).into_iter();
+            let format = packed
+                .filter(|_| self.quant != Quant::None)
+                .find(|format| t.name.ends_with(&format!(".{format}")));
+            let dtype = format.unwrap_or(&t.dtype).to_owned();
+            (t.name.clone(), dtype, t.shape.clone(), t.bytes.len(), t.file.clone())
+        };
+        self.listing.iter().map(row).collect()
+    }
+
+    /// An error if a mapped file is not what it was when it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.mappings.iter().try_for_each(|mapping| mapping.check_unchanged())
+    }
+
+    /// Asks the system to read the files ahead.
+    pub fn will_need(&self) {
+        self.mappings.iter().for_each(|mapping| mapping.will_need());
+    }
+
+    /// Lets the system take back the memory of a tensor that will not be read soon.
+    pub fn release(&self, tensor: &Tensor) {
+        self.mappings.iter().for_each(|mapping| mapping.release(&tensor.bytes));
+    }
+}
+
+/// What the model has, and all that the files have.
+type Found = (Vec<TensorSpec>, HashMap<String, Bound>, Vec<FileTensor>);
+
+/// Finds the tensors of the model among those of the files.
+///
+/// place: what the tensors come from, for errors; found: with unique names; ignored: only listed.
+fn bind(
+    config: &Config,
+    quant: Quant,
+    place: &str,
+    found: Vec<FileTensor>,
+    ignored: Vec<FileTensor>,
+) -> Result<Found> {
+    let mut by_name: HashMap<String, &FileTensor> = HashMap::with_capacity(found.len());
+    let mut twice: HashMap<String, &FileTensor> = HashMap::new();
+    for tensor in &found {
+        // Names in a converted file are canonical.
+        let name = match quant {
+            Quant::None => canonical_name(&tensor.name),
+            Quant::W4 | Quant::W8 => tensor.name.clone(),
+        };
+        if let Some(other) = by_name.insert(name.clone(), tensor) {
+            twice.insert(name, other);
+        }
+    }
+
+    let present = |spec: &TensorSpec| by_name.contains_key(&spec.stored_name(quant));
+    let mut specs = text_tensors(config);
+    let vision = config.vision.as_ref().map(vision_tensors).unwrap_or_default();
+    for optional in [mtp_tensors(config), vision] {
+        if optional.iter().any(present) {
+            specs.extend(optional);
+        }
+    }
+    let mut tensors = HashMap::with_capacity(specs.len());
+    for spec in &specs {
+        let name = spec.stored_name(quant);
+        let tensor = by_name.get(&name).ok_or_else(|| missing(config, place, &name))?;
+        if let Some(other) = twice.get(&name) {
+            return Err(Error::File(format!(
+                "{}: is `{name}`, and so is tensor `{}` of {}",
+                tensor.place(),
+                other.name,
+                other.file
+            )));
+        }
+        let place = tensor.place();
+        tensors.insert(name, Bound { tensor: check(config, quant, spec, tensor)?, place });
+    }
+    refuse_companions(&tensors, &by_name)?;
+    let mut listing = found;
+    listing.extend(ignored);
+    Ok((specs, tensors, listing))
+}
+
+fn missing(config: &Config, place: &str, name: &str) -> Error {
+    let why = if name.starts_with("lm_head.") && !config.tie_word_embeddings {
+        ", expected because `tie_word_embeddings` is false"
+    } else if name.starts_with("mtp.") || name.starts_with("visual.") {
+        ", expected because others of its part are there"
+    } else {
+        ""
+    };
+    Error::File(format!("{place}: tensor `{name}` is missing{why}"))
+}
+
+/// Checks dtype and shape of a tensor.
+fn check(config: &Config, quant: Quant, spec: &TensorSpec, found: &FileTensor) -> Result<Tensor> {
+    let place = found.place();
+    let kernel = config.linear_conv_kernel_dim;
+    if spec.name.ends_with("conv1d.weight") && kernel != 1 && found.shape.last() == Some(&1) {
+        let transposed =
+            format!("shape {}, expected {:?}", shape_text(&found.shape), spec.shape);
+        return Err(mlx(&place, &transposed));
+    }
+    let storage = spec.role.storage(quant);
+    let expected = match storage {
+        Storage::AsIs => "BF16, F16 or F32",
+        Storage::F32 => "F32",
+        Storage::Packed(_) => "U8",
+    };
+    let fits = |dtype: &Dtype| match storage {
+        Storage::AsIs => *dtype != Dtype::U8,
+        Storage::F32 => *dtype == Dtype::F32,
+        Storage::Packed(_) => *dtype == Dtype::U8,
+    };
+    let dtype = found
+        .known_dtype()
+        .filter(fits)
+        .ok_or_else(|| Error::File(format!("{place}: dtype {}, expected {expected}", found.dtype)))?;
+    let shape = spec.stored_shape(quant);
+    if found.shape != shape {
+        return Err(Error::File(format!(
+            "{place}: shape {}, expected {shape:?}",
+            shape_text(&found.shape)
+        )));
+    }
+    Ok(Tensor { dtype, shape, bytes: found.bytes.clone() })
+}
+
+/// Refuses what changes the meaning of a weight: a bias, the scale of a quantised weight, an
+/// adapter. Other tensors that the model does not have are ignored.
+fn refuse_companions(
+    tensors: &HashMap<String, Bound>,
+    by_name: &HashMap<String, &FileTensor>,
+) -> Result<()> {
+    const COMPANIONS: [&str; 6] =
+        [".bias", ".weight_scale", ".weight_scale_inv", ".scales", ".lora_A.weight", ".lora_B.weight"];
+    let companion = by_name
+        .iter()
+        .filter(|(name, _)| !tensors.contains_key(*name))
+        .filter(|(name, _)| {
+            let stem = COMPANIONS.iter().find_map(|end| name.strip_suffix(end));
+            stem.is_some_and(|stem| tensors.contains_key(&format!("{stem}.weight")))
+        })
+        .min_by_key(|(name, _)| *name);
+    match companion {
+        None => Ok(()),
+        Some((_, tensor)) => Err(Error::Unsupported(format!(
+            "{}: changes a weight in a way that is not supported, expected no such tensor",
+            tensor.place()
+        ))),
+    }
+}
