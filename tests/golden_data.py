@@ -32,7 +32,8 @@ class Tensors(dict):
         return super().__getitem__(name)
 
     def get(self, name: str, default=None):
-        return self[name] if name in self else default
+        self.used.add(self.prefix + name)
+        return super().get(name, default)
 
     def under(self, name: str) -> Tensors:
         """The arrays called `name`.something, as something; all of them for an empty name."""

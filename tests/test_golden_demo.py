@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-
 import qdelta
 from golden_data import DEMO
 from qdelta import _native

@@ -10,7 +10,6 @@ import json
 
 import numpy as np
 import pytest
-
 import qdelta
 from qdelta import _native
 from reference import Config, Reference

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from golden_data import MODELS, OPS, Tensors, assert_close, cases, golden_model, prompts
 from reference import (
     Config,

@@ -43,16 +43,13 @@ impl Checkpoint {
         self.inner.attachment(name).map(|bytes| PyBytes::new(py, &bytes))
     }
 
-    fn sources(&self) -> Vec<(String, u64, i64)> {
+    fn sources(&self) -> Vec<(String, u64, u64)> {
         let sources = self.inner.sources().iter();
         sources.map(|s| (s.name.clone(), s.bytes, s.modified_ns)).collect()
     }
 
     fn tensors(&self) -> Vec<(String, String, Vec<usize>, usize, String)> {
-        let listing = self.inner.listing().iter();
-        listing
-            .map(|t| (t.name.clone(), t.dtype.clone(), t.shape.clone(), t.bytes.len(), t.file.clone()))
-            .collect()
+        self.inner.listing()
     }
 }
 
