@@ -465,7 +465,6 @@ BAD_CONFIG = [
     {"hidden_size": 2**70},
     {"vocab_size": 2**40},
     {"num_hidden_layers": 0},
-    {"num_hidden_layers": 3},
     {"num_hidden_layers": 5},
     {"num_hidden_layers": 10**9},
     {"num_hidden_layers": 2**20},

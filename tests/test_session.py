@@ -37,7 +37,7 @@ def assert_same(a: list[np.ndarray], b: list[np.ndarray]) -> None:
 def test_restore_is_exact(model, cut):
     """Back at a snapshot, the same tokens give the same bits, in prefill and in decode."""
     before, after = random_tokens(cut), random_tokens(70, seed=1)
-    session = model._native.session()
+    session = model.native.session()
     if cut:
         session.feed(before)
     snapshot = session.snapshot()
@@ -53,7 +53,7 @@ def test_restore_is_exact(model, cut):
         np.testing.assert_array_equal(session.tokens(), before)
     assert_same(*runs)
 
-    other = model._native.session()  # a snapshot fits every session of its model
+    other = model.native.session()  # a snapshot fits every session of its model
     other.feed(random_tokens(300, seed=2))
     other.restore(snapshot)
     for part in (after[:64], *after[64:, None]):
@@ -63,7 +63,7 @@ def test_restore_is_exact(model, cut):
 
 def test_snapshots_do_not_move(model):
     """Going on, twice and differently, leaves a snapshot as it was."""
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(100))
     snapshot, want = session.snapshot(), everything(session)
     for seed in (1, 2):
@@ -71,7 +71,7 @@ def test_snapshots_do_not_move(model):
         session.restore(snapshot)
     probe = random_tokens(9, seed=3)
     session.feed(probe)
-    again = model._native.session()
+    again = model.native.session()
     again.feed(random_tokens(100))
     assert_same(everything(again), want)
     again.feed(probe)
@@ -79,13 +79,13 @@ def test_snapshots_do_not_move(model):
 
 
 def test_snapshot_outlives_session(model):
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(50))
     snapshot = session.snapshot()
     session.feed(random_tokens(5, seed=1))
     want = session.logits()
     del session
-    other = model._native.session()
+    other = model.native.session()
     other.restore(snapshot)
     other.feed(random_tokens(5, seed=1))
     np.testing.assert_array_equal(other.logits(), want)
@@ -93,16 +93,16 @@ def test_snapshot_outlives_session(model):
 
 def test_snapshot_of_another_model_is_refused(model, tmp_path):
     other = qdelta.load(make_checkpoint(tmp_path / "other"), quant="none", progress=False)
-    stranger = other._native.session()
+    stranger = other.native.session()
     stranger.feed(random_tokens(3))
-    session = model._native.session()
+    session = model.native.session()
     with pytest.raises(qdelta.Error):
         session.restore(stranger.snapshot())
     session.feed(random_tokens(3))
 
 
 def test_reset_is_a_fresh_start(model):
-    session, fresh = model._native.session(), model._native.session()
+    session, fresh = model.native.session(), model.native.session()
     session.feed(random_tokens(80))
     session.reset()
     assert session.n_tokens == 0
@@ -114,7 +114,7 @@ def test_reset_is_a_fresh_start(model):
 def test_rows_kept(model):
     """`logits` chooses which rows go through the head, and changes none of them."""
     tokens = random_tokens(33)
-    sessions = {rows: model._native.session() for rows in ("none", "last", "all")}
+    sessions = {rows: model.native.session() for rows in ("none", "last", "all")}
     for rows, session in sessions.items():
         session.feed(tokens, logits=rows)
     every = sessions["all"].logits()
@@ -127,7 +127,7 @@ def test_rows_kept(model):
 
 
 def test_logits_are_a_copy(model):
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(4))
     kept = session.logits()
     before = kept.copy()
@@ -138,7 +138,7 @@ def test_logits_are_a_copy(model):
 
 
 def test_gather(model):
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(7))
     row = session.logits()[-1]
     wanted = np.array([511, 0, 17, 17], dtype=np.int32)
@@ -153,7 +153,7 @@ def test_gather(model):
 @pytest.mark.parametrize("limit", [512, 448, 1])
 def test_candidates(model, k, limit):
     """The k best below `limit`, some entries replaced, against a full sort."""
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(11))
     row = session.logits()[-1].copy()
     ids = np.array([int(row.argmax()), 3, 440, 500], dtype=np.int32)
@@ -170,7 +170,7 @@ def test_candidates(model, k, limit):
 
 
 def test_candidates_break_ties_by_id(model):
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(2))
     ids = np.arange(512, dtype=np.int32)
     values = np.zeros(512, dtype=np.float32)
@@ -181,7 +181,7 @@ def test_candidates_break_ties_by_id(model):
 def test_context_is_a_bound():
     """A feed that does not fit says what it needs and leaves all as it was."""
     model = qdelta.load(TEXT / "tiny-f32", quant="none", ctx=40, progress=False)
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(30))
     before = everything(session)
     with pytest.raises(qdelta.ContextError) as caught:
@@ -197,7 +197,7 @@ def test_context_is_a_bound():
 
 @pytest.mark.parametrize("bad", [-1, 512, 2**31 - 1, -(2**31)])
 def test_ids_outside_the_vocabulary(model, bad):
-    session = model._native.session()
+    session = model.native.session()
     session.feed(random_tokens(5))
     before = everything(session)
     with pytest.raises(qdelta.ArgumentError, match=str(bad)):
@@ -208,7 +208,7 @@ def test_ids_outside_the_vocabulary(model, bad):
 @pytest.mark.parametrize("rows", ["", "first", "ALL"])
 def test_unknown_choice_of_rows(model, rows):
     with pytest.raises(qdelta.ArgumentError):
-        model._native.session().feed(random_tokens(2), logits=rows)
+        model.native.session().feed(random_tokens(2), logits=rows)
 
 
 @pytest.mark.parametrize("options", [{"threads": 0}, {"isa": "z80"}, {"kv": "f8"}, {"ctx": 0}])

@@ -22,7 +22,7 @@ def prompt(seed: int) -> np.ndarray:
 
 def timeline(model, seed: int, steps: int = 20) -> tuple[list[int], np.ndarray]:
     """Greedy tokens and last logits after a prompt of its own."""
-    session = model._native.session()
+    session = model.native.session()
     session.feed(prompt(seed))
     chosen = []
     for _ in range(steps):
@@ -41,22 +41,22 @@ def test_sessions_do_not_meet(model):
         np.testing.assert_array_equal(logits, want_logits)
 
 
-def test_one_session_from_many_threads(model):
+def test_one_session_from_many_threads():
     """Feeds of one session line up; none is lost and nothing breaks."""
-    session = model._native.session()
+    model = qdelta.load("demo", quant="none", kv="f32", threads=2, progress=False)
+    session = model.native.session()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: session.feed(prompt(0)[: i + 1]), range(10)))
     assert session.n_tokens == sum(range(1, 11))
     assert len(session.tokens()) == session.n_tokens
-    again = model._native.session()
+    again = model.native.session()
     again.feed(session.tokens())
-    difference = again.logits()[-1] - session.logits()[-1]
-    assert np.abs(difference).max() < 0.05
+    assert np.abs(again.logits()[-1] - session.logits()[-1]).max() < 1e-3
 
 
 def test_other_python_threads_run_meanwhile(model):
     """While a long feed works, a counting thread gets on."""
-    session = model._native.session()
+    session = model.native.session()
     tokens = np.random.default_rng(0).integers(0, 4000, 2000, dtype=np.int32)
     counted, stop = [], threading.Event()
 
@@ -85,14 +85,14 @@ def test_models_come_and_go(model):
     before = threading.active_count()
     for _ in range(5):
         other = qdelta.load("demo", quant="w8", threads=3, progress=False)
-        session = other._native.session()
+        session = other.native.session()
         session.feed(prompt(1))
         snapshot = session.snapshot()
         want = session.logits()
         del other, session
         assert snapshot.n_tokens == len(prompt(1))
     assert threading.active_count() == before
-    fresh = model._native.session()
+    fresh = model.native.session()
     fresh.feed(prompt(1))
     np.testing.assert_array_equal(fresh.logits(), want)
 
@@ -103,7 +103,7 @@ def test_errors_in_threads_stay_there(model):
 
     def bad(_: int) -> str:
         try:
-            model._native.session().feed(np.array([-5], np.int32))
+            model.native.session().feed(np.array([-5], np.int32))
         except qdelta.ArgumentError as error:
             return str(error)
         return "no error"

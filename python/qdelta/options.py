@@ -94,14 +94,13 @@ class AnyOptions(TextOptions, ChatOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When a generation ends, and what its rows go through."""
+    """When a generation ends."""
 
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_in_reasoning: bool = False
     timeout: float | None = None
     ignore_eos: bool = False
-    processors: tuple[Processor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +111,7 @@ class Options:
     sampling: Sampling | None  # None: a profile
     preset: str
     changes: dict[str, Any]  # fields of Sampling that were given
+    processors: tuple[Processor, ...] = ()
     special: bool = False
     think: bool | None = None
     tools: Any = None
@@ -143,8 +143,8 @@ def parse(method: str, given: Mapping[str, Any], names: frozenset[str]) -> Optio
             stop_in_reasoning=bool(values.get("stop_in_reasoning", False)),
             timeout=_timeout(values.get("timeout")),
             ignore_eos=bool(values.get("ignore_eos", False)),
-            processors=_processors(values.get("processors")),
         ),
+        processors=_processors(values.get("processors")),
         sampling=sampling,
         preset=values.get("preset") or "auto",
         changes=changes,
@@ -195,9 +195,9 @@ def _thinking(values: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:
 def _max_tokens(value: Any) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
         raise ArgumentError(f"max_tokens: an integer of 0 or more expected, got {value!r}")
-    return value
+    return int(value)
 
 
 def _timeout(value: Any) -> float | None:

@@ -137,15 +137,15 @@ class Score:
 
 @dataclass(slots=True)
 class Perplexity:
-    """exp of the mean negative log-probability over windows of a text; float() gives `value`."""
+    """exp of the mean negative log-probability over windows of a text; float() gives `perplexity`."""
 
-    value: float
+    perplexity: float
     second_half: float  # the same over the second half of each window only
-    mean_loss: float  # nats a token; value = exp(mean_loss)
+    mean_loss: float  # nats a token; perplexity = exp(mean_loss)
     windows: int
-    scored: int  # tokens that `value` averages over
+    scored: int  # tokens that `perplexity` averages over
     usage: Usage = field(default_factory=Usage)
     timings: Timings = field(default_factory=Timings)
 
     def __float__(self) -> float:
-        return self.value
+        return self.perplexity

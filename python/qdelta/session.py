@@ -55,11 +55,11 @@ class Session:
             raise ArgumentError(f'logits: "last", "all" or "none" expected, got {logits!r}')
         self._check_room(len(tokens))
         if logits == "all":
-            rows = [
-                (self._native.feed(piece, "all"), self._native.logits())[1]
-                for piece in pieces(tokens)
-            ]
-            return rows[0] if len(rows) == 1 else np.concatenate(rows)
+            rows = []
+            for piece in pieces(tokens):
+                self._native.feed(piece, "all")
+                rows.append(self._native.logits())
+            return np.concatenate(rows)
         feed_prompt(self._native, tokens, last=logits)
         return None if logits == "none" else self._native.logits()[-1]
 
@@ -71,7 +71,7 @@ class Session:
     @property
     def tokens(self) -> list[int]:
         """All token ids fed so far."""
-        return self._native.tokens().tolist()
+        return [int(id) for id in self._native.tokens()]
 
     @property
     def n_tokens(self) -> int:

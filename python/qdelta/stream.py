@@ -11,11 +11,11 @@ import time
 from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .reply import ReasoningSplitter, StopStrings
+from .reply import Part, ReasoningSplitter, StopStrings
 from .results import Completion, Event, FinishReason, Message, Timings, Usage
 from .session import feed_prompt
 
@@ -50,7 +50,7 @@ class Request:
     prompt: NDArray[np.int32]
     sampler: Sampler
     limits: Limits
-    stop_ids: frozenset[int]
+    stop_ids: frozenset[int]  # empty: end tokens are like any other
     decoder: TextDecoder
     context: int  # tokens that the session can hold
     splitter: ReasoningSplitter | None  # None: a text is continued, all of it is answer
@@ -71,6 +71,7 @@ class _Run:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.opened = request.splitter is not None and request.splitter.in_reasoning
         self.tokens: list[int] = []
         self.reasoning_tokens = 0
         self.said: dict[str, list[str]] = {"reasoning": [], "text": []}
@@ -119,7 +120,7 @@ class _Run:
         splitter = self.request.splitter
         self.tokens.append(token)
         self.reasoning_tokens += splitter is not None and splitter.in_reasoning
-        if token in self.request.stop_ids and not self.request.limits.ignore_eos:
+        if token in self.request.stop_ids:
             return iter(())
         return self.say(self.request.decoder.push(token))
 
@@ -128,12 +129,19 @@ class _Run:
         if not text:
             return
         splitter = self.request.splitter
-        for kind, part in [("text", text)] if splitter is None else splitter.push(text):
+        parts: list[Part] = [("text", text)] if splitter is None else splitter.push(text)
+        yield from self.match(parts)
+
+    def match(self, parts: list[Part]) -> Iterator[Event]:
+        """Events of consecutive parts, up to a stop string."""
+        for kind, part in parts:
+            if kind == "text":  # the reasoning is complete: what was held of it goes first
+                yield from self.emit("reasoning", self.matchers["reasoning"].finish())
             yield from self.emit(kind, self.matchers[kind].push(part))
-            if self.matchers[kind].found:
+            if self.stopped:
                 return
 
-    def emit(self, kind: Any, text: str) -> Iterator[Event]:
+    def emit(self, kind: Literal["reasoning", "text"], text: str) -> Iterator[Event]:
         if text:
             self.said[kind].append(text)
             yield Event(kind, text)
@@ -144,8 +152,7 @@ class _Run:
 
     def is_last(self, token: int, limit: int) -> bool:
         """Whether the generation ends with this token; sets the reason."""
-        limits = self.request.limits
-        if self.stopped or (token in self.request.stop_ids and not limits.ignore_eos):
+        if self.stopped or token in self.request.stop_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) >= limit:
             self.finish_reason = "length"
@@ -161,12 +168,11 @@ class _Run:
         if self.stopped:
             return
         yield from self.say(self.request.decoder.finish())
-        splitter = self.request.splitter
-        for kind, part in [] if splitter is None else splitter.finish():
-            yield from self.emit(kind, self.matchers[kind].push(part))
+        if self.request.splitter is not None and not self.stopped:
+            yield from self.match(self.request.splitter.finish())
         if not self.stopped:
-            for kind in ("reasoning", "text"):
-                yield from self.emit(kind, self.matchers[kind].finish())
+            yield from self.emit("reasoning", self.matchers["reasoning"].finish())
+            yield from self.emit("text", self.matchers["text"].finish())
 
     def result(self) -> Completion | Message:
         request = self.request

@@ -31,6 +31,30 @@ _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 # Variables that a caller may set although a template does not read them.
 COMMON_OPTIONS = frozenset({"add_generation_prompt", "enable_thinking", "add_vision_id"})
 
+# Conversations without special tokens of their own, to see that marking misses none.
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+_PROBES: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+    ([{"role": "user", "content": "a"}], None),
+    (
+        [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "c", "reasoning_content": "d"},
+            {"role": "user", "content": "e"},
+        ],
+        None,
+    ),
+    (
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "tool_calls": [_CALL, _CALL]},
+            {"role": "tool", "content": "c"},
+            {"role": "tool", "content": "d"},
+        ],
+        [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    ),
+]
+
 
 class ChatTemplate:
     """A compiled template.
@@ -51,13 +75,13 @@ class ChatTemplate:
         import jinja2
         from jinja2 import meta
 
-        self._specials = re.compile(
-            "|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)) or r"(?!)"
-        )
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._specials = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
         self._variables = dict(variables)
         self._environment = _environment()
         self._source = source
         self._marked: dict[str, jinja2.Template] = {}
+        self._markable: bool | None = None  # None: not tried yet
         try:
             tree = self._environment.parse(source)
             self.reads = frozenset(
@@ -90,9 +114,27 @@ class ChatTemplate:
         """The text, and its pieces: ordinary text and special tokens in turn, text first.
 
         Special tokens among the pieces are those that the template wrote, never those spelled
-        out in messages or tools. None if the template's path depends on its own output, so
-        that marks would change the text.
+        out in messages or tools. None for a template that cannot be marked: it puts special
+        tokens together from parts, or its path depends on its own output.
         """
+        if self._markable is None:
+            self._markable = all(self._marks_all(*probe) for probe in _PROBES)
+        return self._render_marked(messages, tools, options) if self._markable else None
+
+    def _marks_all(self, messages: Sequence[Any], tools: Sequence[Any] | None) -> bool:
+        """Whether every special token of a harmless conversation is a marked one."""
+        try:
+            marked = self._render_marked(messages, tools, {"add_generation_prompt": True})
+        except ArgumentError:  # the template does not take such conversations
+            return True
+        return marked is not None and marked[1] == self._specials.split(marked[0])
+
+    def _render_marked(
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None,
+        options: Mapping[str, Any],
+    ) -> tuple[str, list[str]] | None:
         text = self.render(messages, tools, options)
         mark = next((mark for mark in _MARKS if mark not in text), None)
         if mark is None:
@@ -108,9 +150,12 @@ class ChatTemplate:
         return self._specials.sub(lambda found: mark + found.group() + mark, literal)
 
     def _compile_marked(self, mark: str) -> jinja2.Template:
+        from jinja2 import nodes
         from jinja2.optimizer import optimize
 
+        # Constants are folded first, so that a token put together from literals is one literal.
         tree = optimize(self._environment.parse(self._source), self._environment)
+        assert isinstance(tree, nodes.Template), "folding constants keeps the root"
         for literal in _written_literals(tree):
             if hasattr(literal, "data"):
                 literal.data = self._mark(literal.data, mark)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from . import vocabulary
 from .chat import SystemPolicy, check_tools, level_messages, strings_in
 from .errors import ArgumentError, FileError, UnsupportedError
+from .results import Message
 from .template import COMMON_OPTIONS, ChatTemplate
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ class Tokenizer:
         """
         if not messages:
             raise ArgumentError("messages: empty; at least one message is needed")
-        template = self._chat_template(options)
-        return template.render(messages, tools, options)
+        plain = [m.to_dict() if isinstance(m, Message) else m for m in messages]
+        return self._chat_template(options).render(plain, tools, options)
 
     def render_ids(
         self,
@@ -175,7 +176,8 @@ class Tokenizer:
         messages: as `level_messages` returns them.
         """
         template = self._chat_template(options)
-        check_tools(tools)
+        if check_tools(tools) and "tools" not in template.reads:
+            raise UnsupportedError("this checkpoint's chat template has no place for tools")
         if not any(map(self._touches_special, strings_in([messages, tools, options]))):
             return self._split.split(template.render(messages, tools, options))
         marked = template.render_marked(messages, tools, options)
@@ -185,6 +187,10 @@ class Tokenizer:
                 "messages cannot be told from its own"
             )
         return marked[1]
+
+    def reads_option(self, name: str) -> bool:
+        """Whether the chat template looks at the variable `name`."""
+        return name in self._chat_template({}).reads
 
     def _touches_special(self, text: str) -> bool:
         """Whether `text` holds an added token, or could be one end of it beside other text."""
@@ -289,7 +295,7 @@ def _read_source(
     source: str | Path, *, offline: bool, cache: str | Path | None, progress: bool | None
 ) -> Mapping[str, bytes]:
     """Contents of the tokenizer files of a checkpoint, wherever it is."""
-    path = _locate(source, offline=offline, cache=cache, progress=progress)
+    path = locate(source, offline=offline, cache=cache, progress=progress)
     if path.is_dir():
         return vocabulary.read_folder(path)
     if path.suffix == ".gguf":
@@ -308,9 +314,10 @@ def read_attachments(checkpoint: Any, path: Path) -> dict[str, bytes]:
     return files
 
 
-def _locate(
+def locate(
     source: str | Path, *, offline: bool, cache: str | Path | None, progress: bool | None
 ) -> Path:
+    """Where a model is: the folder or file that `source` names, fetched if need be."""
     if str(source) == "demo":
         from . import demo
 

@@ -2,13 +2,12 @@
 //!
 //! The file is described in [`crate::files::container`], the choice of formats in
 //! [`crate::model::tensors`]. Work goes tensor by tensor in slabs of panels, so that memory holds
-//! one slab, whatever the size of the model. The same source gives the same bytes, for any number of
-//! threads.
+//! one slab, whatever the size of the model. The same source gives the same bytes for any number
+//! of threads.
 
 use crate::error::{Error, Result};
 use crate::files::container::{self, Info, Item, Layout};
 use crate::files::mmap::Mapping;
-use crate::files::safetensors::read_header;
 use crate::files::{file_name, stat};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::tensors::{Storage, TensorSpec};
@@ -25,7 +24,7 @@ pub use crate::files::container::verify;
 
 /// Bytes of output that are made before they are written.
 const SLAB_BYTES: usize = 16 << 20;
-/// Weights beyond this have no f16 scale in any format.
+/// Weights are at most this, so that their scales fit f16 in every format.
 const LARGEST: f32 = 65504.0;
 
 /// Told done and total bytes of output; false stops the work.
@@ -58,11 +57,8 @@ pub fn convert(
     // Before a long work that would end in the same error.
     source.check_values()?;
     let (items, parts) = plan(source, quant, attachments)?;
-    let info = Info {
-        quant,
-        config_json: source.config_json.clone(),
-        sources: source.sources().to_vec(),
-    };
+    let info =
+        Info { quant, config_json: source.config_json.clone(), sources: source.sources().to_vec() };
     let layout = info.layout(&items);
     let pool = threads.map(thread_pool).transpose()?;
 
@@ -81,7 +77,6 @@ pub fn convert(
         match part {
             Part::Packed { spec, tensor, format } => {
                 write_packed(&mut writer, source, (spec, tensor), *format, pool.as_ref())?;
-                source.release(tensor);
             }
             Part::Floats { name } => {
                 let values = source.floats(name)?;
@@ -91,7 +86,7 @@ pub fn convert(
             Part::AsIs { spec, tensor } => {
                 check_rows(source, spec, tensor, f32::MAX)?;
                 writer.put_slabs(&tensor.bytes)?;
-                source.release(tensor);
+                source.release(&tensor.bytes);
             }
             Part::File { path } => writer.put_file(path, item.bytes as u64)?,
         }
@@ -193,6 +188,8 @@ fn write_packed(
             check_rows(source, spec, tensor, LARGEST)?;
             return Err(Error::Internal(format!("tensor `{}` does not fit its format", spec.name)));
         }
+        let rows = first * PANEL_ROWS..((first + slab_panels) * PANEL_ROWS).min(rows);
+        source.release(&tensor.bytes[rows.start * row_bytes..rows.end * row_bytes]);
         writer.put(slab)?;
     }
     Ok(())
@@ -228,10 +225,7 @@ fn check_replaceable(out: &Path) -> Result<()> {
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(()),
         other => other?,
     };
-    let bytes = Mapping::open(out)?.bytes();
-    let ours = read_header(&bytes, &file_name(out))
-        .is_ok_and(|header| container::is_converted(&header.metadata));
-    if ours {
+    if container::starts_like_converted(&Mapping::open(out)?.bytes()) {
         return Ok(());
     }
     Err(Error::Argument(format!(
@@ -294,7 +288,10 @@ impl Writer<'_, '_> {
         if copied == bytes {
             return Ok(());
         }
-        Err(Error::File(format!("{}: changed while in use, expected {bytes} bytes", path.display())))
+        Err(Error::File(format!(
+            "{}: changed while in use, expected {bytes} bytes",
+            path.display()
+        )))
     }
 
     /// Puts the hash into the header, and all of it on the disk.

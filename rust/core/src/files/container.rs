@@ -32,7 +32,11 @@ pub const ALIGNMENT: usize = 64;
 const DATA_ALIGNMENT: usize = 4096;
 const ATTACHMENT: &str = "file:";
 const PADDING: &str = "padding.";
+/// How every header starts. The hash is first, so that nothing before it can look like it.
+const START: &str = "{\"__metadata__\":{\"qdelta.hash\":\"";
 const HASH_DIGITS: usize = 64;
+/// Bytes that are hashed before their memory is given back.
+const VERIFY_BYTES: usize = 16 << 20;
 
 /// What the metadata of a converted file says.
 pub struct Info {
@@ -66,6 +70,11 @@ pub struct Layout {
 /// Whether this is the metadata of a converted file, of whatever version.
 pub fn is_converted(metadata: &BTreeMap<String, String>) -> bool {
     metadata.contains_key("qdelta.version")
+}
+
+/// Whether a file was written by this program, even if it is damaged or of another version.
+pub fn starts_like_converted(bytes: &[u8]) -> bool {
+    bytes.get(size_of::<u64>()..).is_some_and(|header| header.starts_with(START.as_bytes()))
 }
 
 /// The name of the attached file, if the tensor is one.
@@ -131,8 +140,6 @@ impl Info {
             self.sources.iter().map(|s| (&s.name, s.bytes, s.modified_ns)).collect();
         let zeros = "0".repeat(HASH_DIGITS);
         let metadata = [
-            // First, so that nothing before it can look like it.
-            ("qdelta.hash", zeros.as_str()),
             ("qdelta.version", VERSION),
             ("qdelta.quant", &self.quant.to_string()),
             ("qdelta.recipe", RECIPE),
@@ -142,8 +149,7 @@ impl Info {
         ]
         .map(|(key, value)| format!("{}:{}", json(key), json(value)));
 
-        let mut header = format!("{{\"__metadata__\":{{{}}}", metadata.join(","));
-        let hash_at = header.find(&zeros).expect("the hash was written");
+        let mut header = format!("{START}{zeros}\",{}}}", metadata.join(","));
         let mut at = 0;
         let mut add = |name: &str, dtype: Dtype, shape: &[usize], bytes: usize| {
             write!(
@@ -173,7 +179,7 @@ impl Info {
         let mut bytes = (length as u64).to_le_bytes().to_vec();
         bytes.extend(header.as_bytes());
         bytes.resize(prefix + length, b' ');
-        Layout { header: bytes, hash_at: prefix + hash_at, padding, data_bytes: at }
+        Layout { header: bytes, hash_at: prefix + START.len(), padding, data_bytes: at }
     }
 }
 
@@ -188,11 +194,16 @@ pub fn verify(path: &Path) -> Result<()> {
     let header = read_header(&bytes, &file)?;
     Info::from_metadata(&header.metadata, &file)?;
     let expected = header.metadata.get("qdelta.hash").map_or("none", String::as_str);
-    let found = blake3::hash(&bytes[header.data_start..]).to_hex();
+    let mut hasher = blake3::Hasher::new();
+    for part in bytes[header.data_start..].chunks(VERIFY_BYTES) {
+        hasher.update(part);
+        mapping.release(part);
+    }
+    let found = hasher.finalize().to_hex();
     if found.as_str() != expected {
         return Err(Error::File(format!(
-            "{file}: hash of the data is {found}, expected {expected}; the file is damaged, convert \
-             the checkpoint again"
+            "{file}: hash of the data is {found}, expected {expected}; the file is damaged, \
+             convert the checkpoint again"
         )));
     }
     Ok(())

@@ -70,8 +70,11 @@ impl Folder {
         }
         if let Some(index) = index {
             let found: BTreeSet<&str> = folder.tensors.iter().map(|t| t.name.as_str()).collect();
-            let mut missing: Vec<_> =
-                index.weight_map.iter().filter(|(name, _)| !found.contains(name.as_str())).collect();
+            let mut missing: Vec<_> = index
+                .weight_map
+                .iter()
+                .filter(|(name, _)| !found.contains(name.as_str()))
+                .collect();
             missing.sort();
             if let Some((name, shard)) = missing.first() {
                 return Err(Error::File(format!(
@@ -220,12 +223,14 @@ mod tests {
 
     #[test]
     fn plain_names() {
-        for name in ["model.safetensors", "model.safetensors-00001-of-00002.safetensors", "..a", "é"] {
+        for name in
+            ["model.safetensors", "model.safetensors-00001-of-00002.safetensors", "..a", "é"]
+        {
             assert!(is_plain_name(name), "{name}");
         }
-        for name in
-            ["", ".", "..", "../a", "a/b", "/a", "a/", "./a", "a\\b", "..\\a", "C:a", "C:\\a", "a\0"]
-        {
+        for name in [
+            "", ".", "..", "../a", "a/b", "/a", "a/", "./a", "a\\b", "..\\a", "C:a", "C:\\a", "a\0",
+        ] {
             assert!(!is_plain_name(name), "{name}");
         }
     }

@@ -52,7 +52,9 @@ pub struct FileTensor {
 impl FileTensor {
     /// The dtype, if it is one that a model can have.
     pub fn known_dtype(&self) -> Option<Dtype> {
-        [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::U8].into_iter().find(|d| d.name() == self.dtype)
+        [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::U8]
+            .into_iter()
+            .find(|d| d.name() == self.dtype)
     }
 
     /// Where the tensor is, as errors say it.
@@ -88,9 +90,8 @@ pub fn stat(path: &Path) -> Result<SourceFile> {
 pub fn read_text(path: &Path, most: u64) -> Result<(String, SourceFile)> {
     let source = stat(path)?;
     let name = file_name(path);
-    let too_long = |bytes: u64| {
-        Error::File(format!("{name}: {bytes} bytes, expected at most {most}"))
-    };
+    let too_long =
+        |bytes: u64| Error::File(format!("{name}: {bytes} bytes, expected at most {most}"));
     if source.bytes > most {
         return Err(too_long(source.bytes));
     }

@@ -60,8 +60,8 @@ pub fn read_header(bytes: &[u8], file: &str) -> Result<Header> {
     })?;
     let json = std::str::from_utf8(json)
         .map_err(|e| wrong(format!("header is not UTF-8 text at byte {}", e.valid_up_to())))?;
-    let RawHeader { tensors, metadata } = serde_json::from_str(json)
-        .map_err(|e| wrong(format!("header is not valid: {e}")))?;
+    let RawHeader { tensors, metadata } =
+        serde_json::from_str(json).map_err(|e| wrong(format!("header is not valid: {e}")))?;
 
     let data = rest.len() - length;
     let mut names = HashSet::with_capacity(tensors.len());
@@ -102,7 +102,8 @@ pub fn read_header(bytes: &[u8], file: &str) -> Result<Header> {
     for (name, info) in &tensors {
         let (begin, end) = info.data_offsets;
         if begin != covered {
-            let what = if begin < covered { "overlaps the tensor before it" } else { "leaves a hole" };
+            let what =
+                if begin < covered { "overlaps the tensor before it" } else { "leaves a hole" };
             return Err(wrong(format!(
                 "tensor `{name}`: begins at {begin}, expected {covered}: {what}"
             )));
@@ -130,7 +131,9 @@ struct RawHeader {
 }
 
 impl<'de> serde::Deserialize<'de> for RawHeader {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<RawHeader, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<RawHeader, D::Error> {
         struct Entries;
 
         impl<'de> Visitor<'de> for Entries {
@@ -199,7 +202,10 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         let tensor = |shape: &str, begin: &str, end: &str| {
-            format!(r#"{{"t": {{"dtype": "BF16", "shape": {shape}, "data_offsets": [{begin}, {end}]}}}}"#)
+            format!(
+                r#"{{"t": {{"dtype": "BF16", "shape": {shape},
+                "data_offsets": [{begin}, {end}]}}}}"#
+            )
         };
         for (header, data, expected) in [
             (tensor("[2]", "4", "0"), 4, "tensor `t`: begins at 4, ends at 0"),
@@ -217,8 +223,16 @@ mod tests {
             (tensor("[-1]", "0", "2"), 2, "header is not valid: "),
             (tensor("[1e30]", "0", "2"), 2, "header is not valid: "),
             (tensor("[1]", "0", "18446744073709551616"), 2, "header is not valid: "),
-            (r#"{"t": {"dtype": "F7", "shape": [], "data_offsets": [0, 0]}}"#.into(), 0, "header is not valid: "),
-            (r#"{"t": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}"#.into(), 2, "tensor `t`: 2 bytes"),
+            (
+                r#"{"t": {"dtype": "F7", "shape": [], "data_offsets": [0, 0]}}"#.into(),
+                0,
+                "header is not valid: ",
+            ),
+            (
+                r#"{"t": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}"#.into(),
+                2,
+                "tensor `t`: 2 bytes",
+            ),
             (r#"{"__metadata__": {"a": 1}}"#.into(), 0, "header is not valid: "),
             (r#"{"__metadata__": {}, "__metadata__": {}}"#.into(), 0, "header is not valid: "),
             ("[".repeat(100_000), 0, "header is not valid: "),

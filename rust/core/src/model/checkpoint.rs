@@ -78,6 +78,9 @@ impl Checkpoint {
         let config = Config::from_json(&config_json, &format!("{name}: config.json"))?;
         let (mut found, mut attachments) = (Vec::new(), BTreeMap::new());
         for entry in header.entries {
+            if container::is_padding(&entry.name) {
+                continue;
+            }
             if !entry.range.start.is_multiple_of(ALIGNMENT) {
                 return Err(Error::File(format!(
                     "{name}: tensor `{}`: starts at byte {}, expected a multiple of {ALIGNMENT}",
@@ -87,7 +90,7 @@ impl Checkpoint {
             let bytes = bytes.slice(entry.range);
             if let Some(file) = container::attachment_name(&entry.name) {
                 attachments.insert(file.to_owned(), bytes);
-            } else if !container::is_padding(&entry.name) {
+            } else {
                 let (dtype, shape, file) = (entry.dtype, entry.shape, name.clone());
                 found.push(FileTensor { name: entry.name, dtype, shape, bytes, file });
             }
@@ -132,13 +135,17 @@ impl Checkpoint {
         let values = tensor.to_f32();
         match values.iter().position(|x| !x.is_finite()) {
             None => Ok(values),
-            Some(i) => Err(wrong(format!(": element {i} is {}, expected a finite number", values[i]))),
+            Some(i) => {
+                Err(wrong(format!(": element {i} is {}, expected a finite number", values[i])))
+            }
         }
     }
 
     /// Reads the tensors where one value that is not finite spoils every token: norms, convolution
     /// taps, A_log, dt_bias. They are a thousandth of the weights.
     pub fn check_values(&self) -> Result<()> {
+        // Reading a file that was cut short would end the process.
+        self.check_unchanged()?;
         let mut small = self.specs.iter().filter(|spec| spec.role == Role::Small);
         small.try_for_each(|spec| self.floats(&spec.stored_name(self.quant)).map(drop))
     }
@@ -200,9 +207,9 @@ impl Checkpoint {
         self.mappings.iter().for_each(|mapping| mapping.will_need());
     }
 
-    /// Lets the system take back the memory of a tensor that will not be read soon.
-    pub fn release(&self, tensor: &Tensor) {
-        self.mappings.iter().for_each(|mapping| mapping.release(&tensor.bytes));
+    /// Lets the system take back the memory of a part of a tensor that will not be read soon.
+    pub fn release(&self, part: &[u8]) {
+        self.mappings.iter().for_each(|mapping| mapping.release(part));
     }
 }
 
@@ -277,8 +284,7 @@ fn check(config: &Config, quant: Quant, spec: &TensorSpec, found: &FileTensor) -
     let place = found.place();
     let kernel = config.linear_conv_kernel_dim;
     if spec.name.ends_with("conv1d.weight") && kernel != 1 && found.shape.last() == Some(&1) {
-        let transposed =
-            format!("shape {}, expected {:?}", shape_text(&found.shape), spec.shape);
+        let transposed = format!("shape {}, expected {:?}", shape_text(&found.shape), spec.shape);
         return Err(mlx(&place, &transposed));
     }
     let storage = spec.role.storage(quant);
@@ -292,10 +298,9 @@ fn check(config: &Config, quant: Quant, spec: &TensorSpec, found: &FileTensor) -
         Storage::F32 => *dtype == Dtype::F32,
         Storage::Packed(_) => *dtype == Dtype::U8,
     };
-    let dtype = found
-        .known_dtype()
-        .filter(fits)
-        .ok_or_else(|| Error::File(format!("{place}: dtype {}, expected {expected}", found.dtype)))?;
+    let dtype = found.known_dtype().filter(fits).ok_or_else(|| {
+        Error::File(format!("{place}: dtype {}, expected {expected}", found.dtype))
+    })?;
     let shape = spec.stored_shape(quant);
     if found.shape != shape {
         return Err(Error::File(format!(
@@ -312,8 +317,14 @@ fn refuse_companions(
     tensors: &HashMap<String, Bound>,
     by_name: &HashMap<String, &FileTensor>,
 ) -> Result<()> {
-    const COMPANIONS: [&str; 6] =
-        [".bias", ".weight_scale", ".weight_scale_inv", ".scales", ".lora_A.weight", ".lora_B.weight"];
+    const COMPANIONS: [&str; 6] = [
+        ".bias",
+        ".weight_scale",
+        ".weight_scale_inv",
+        ".scales",
+        ".lora_A.weight",
+        ".lora_B.weight",
+    ];
     let companion = by_name
         .iter()
         .filter(|(name, _)| !tensors.contains_key(*name))

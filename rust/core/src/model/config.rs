@@ -269,7 +269,9 @@ impl Reader<'_> {
     fn refuse_unsupported(&self, top: &Map<String, Value>) -> Result<()> {
         let file = self.file;
         let unsupported = |key: &str, value: &Value, supported: &str| {
-            Err(Error::Unsupported(format!("{file}: `{key}` is {value}, only {supported} is supported")))
+            Err(Error::Unsupported(format!(
+                "{file}: `{key}` is {value}, only {supported} is supported"
+            )))
         };
         for object in [top, self.text] {
             if let Some(value) = object.get("model_type")
@@ -319,7 +321,9 @@ impl Reader<'_> {
             let interval = self.size_or("full_attention_interval", 4)?;
             let full = |i: usize| (i + 1).is_multiple_of(interval);
             return Ok((0..layers)
-                .map(|i| if full(i) { LayerType::FullAttention } else { LayerType::LinearAttention })
+                .map(
+                    |i| if full(i) { LayerType::FullAttention } else { LayerType::LinearAttention },
+                )
                 .collect());
         };
         let types = value
@@ -386,8 +390,8 @@ impl Reader<'_> {
         let rotary_dim = (head_dim as f64 * factor) as usize;
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
             return Err(Error::File(format!(
-                "{file}: `partial_rotary_factor` is {factor}, expected an even number of dimensions \
-                 of `head_dim` {head_dim}, found {rotary_dim}"
+                "{file}: `partial_rotary_factor` is {factor}, expected an even number of \
+                 dimensions of `head_dim` {head_dim}, found {rotary_dim}"
             )));
         }
         let Some(value) = find("mrope_section") else {
@@ -517,7 +521,10 @@ mod tests {
         }
         json["rope_scaling"]["mrope_section"] = Value::from(vec![1 << 18, 1 << 18, 0]);
         let error = Config::from_json(&json.to_string(), "config.json").expect_err("too large");
-        assert!(error.to_string().contains("q_proj.weight` the shape [8796093022208, 2097152]"), "{error}");
+        assert!(
+            error.to_string().contains("q_proj.weight` the shape [8796093022208, 2097152]"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -526,7 +533,8 @@ mod tests {
             let mut inner: Value = serde_json::from_str(TINY).expect("the sample is valid");
             inner["tie_word_embeddings"] = serde_json::from_str(text).expect("the value is valid");
             let json = format!(
-                r#"{{"model_type": "qwen3_5", "tie_word_embeddings": {top}, "text_config": {inner}}}"#
+                r#"{{"model_type": "qwen3_5", "tie_word_embeddings": {top},
+                "text_config": {inner}}}"#
             );
             Config::from_json(&json, "config.json").map(|config| config.tie_word_embeddings)
         };

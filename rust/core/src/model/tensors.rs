@@ -1,8 +1,8 @@
 //! The tensors of a model: names, shapes, and how each is stored in a converted file.
 //!
 //! Names are canonical: text tensors without the prefix that checkpoints put before them
-//! (`layers.0.mlp.up_proj.weight`), the others as `mtp.…` and `visual.…`. Shapes are slowest axis
-//! first; a matrix is [outputs, inputs].
+//! (`layers.0.mlp.up_proj.weight`), the others as `mtp.…` and `visual.…`. Shapes are slowest
+//! axis first; a matrix is [outputs, inputs].
 
 use super::config::{Config, LayerType, VisionConfig};
 use crate::quant::{Format, PANEL_ROWS, Quant, panel_bytes};
@@ -50,11 +50,9 @@ impl Role {
         };
         match self {
             Role::Mlp | Role::LinearInput | Role::Query => Storage::Packed(narrow),
-            Role::Embedding
-            | Role::Head
-            | Role::LinearOutput
-            | Role::KeyValue
-            | Role::MtpInput => Storage::Packed(Format::W8),
+            Role::Embedding | Role::Head | Role::LinearOutput | Role::KeyValue | Role::MtpInput => {
+                Storage::Packed(Format::W8)
+            }
             Role::LinearGate | Role::Vision => Storage::AsIs,
             Role::Small => Storage::F32,
         }

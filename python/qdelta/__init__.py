@@ -1,0 +1,95 @@
+"""qdelta: the Qwen3.5 small language models on laptop CPUs.
+
+    import qdelta
+
+    model = qdelta.load("Qwen/Qwen3.5-4B")
+    print(model.generate("Once upon a time", max_tokens=64).text)
+    for event in model.stream([{"role": "user", "content": "Hi"}]):
+        print(event.text, end="")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    ArgumentError,
+    ContextError,
+    Error,
+    FileAccessError,
+    FileError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from ._native import instruction_sets
+    from .llm import Model, load
+    from .results import Completion, Event, Message, Perplexity, Score, Timings, Usage
+    from .sampling import Sampling
+    from .session import Session
+    from .stream import AsyncStream, Stream
+    from .tokenizer import TextDecoder, Tokenizer
+
+# Name -> module, imported at first use: numpy and the extension take longer than all the rest.
+_HOMES = {
+    "AsyncStream": "stream",
+    "Completion": "results",
+    "Event": "results",
+    "Message": "results",
+    "Model": "llm",
+    "Perplexity": "results",
+    "Sampling": "sampling",
+    "Score": "results",
+    "Session": "session",
+    "Stream": "stream",
+    "TextDecoder": "tokenizer",
+    "Timings": "results",
+    "Tokenizer": "tokenizer",
+    "Usage": "results",
+    "instruction_sets": "_native",
+    "load": "llm",
+}
+
+__all__ = [
+    "ArgumentError",
+    "AsyncStream",
+    "Completion",
+    "ContextError",
+    "Error",
+    "Event",
+    "FileAccessError",
+    "FileError",
+    "Message",
+    "Model",
+    "Perplexity",
+    "Sampling",
+    "Score",
+    "Session",
+    "Stream",
+    "TextDecoder",
+    "Timings",
+    "Tokenizer",
+    "UnsupportedError",
+    "Usage",
+    "__version__",
+    "instruction_sets",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("qdelta")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

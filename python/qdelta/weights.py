@@ -1,0 +1,167 @@
+"""From a model's files to weights that can be computed with: finds or makes the converted file.
+
+A converted file lies in the cache folder: `QDELTA_CACHE`, else the platform's place for caches.
+Its name has the model's and a hash of where the model is, so each source has its own. It is made
+again when a file of the source changed (size or time), or when this version writes another layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import _native
+from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
+from .progress import byte_bar
+
+QUANTS = ("auto", "none", "w8", "w4")
+
+# Files that travel inside a converted one, so that it is a whole model.
+ATTACHMENTS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+# Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
+SMALL_BYTES = 64 << 20
+
+
+def open_model(
+    path: str | Path,
+    quant: str = "auto",
+    cache: str | Path | None = None,
+    progress: bool | None = None,
+    *,
+    threads: int | None = None,
+) -> _native.Checkpoint:
+    """Open a checkpoint folder or converted file, in the format `quant`.
+
+    quant: "none", "w8", "w4"; "auto" is what a converted file already is, the file's own weights
+    for models under 64 MB, and w4 otherwise. cache: folder for converted files. progress: show a
+    bar while converting; None: on a terminal. threads: for the conversion; None: all.
+
+    Raises FileError, UnsupportedError, FileAccessError, or ArgumentError for an unknown quant.
+    """
+    if quant not in QUANTS:
+        raise ArgumentError(f"quant is {quant!r}, expected one of: {', '.join(QUANTS)}")
+    source = _native.Checkpoint(os.fspath(path))
+    if source.quant != "none":
+        if quant not in ("auto", source.quant):
+            raise UnsupportedError(
+                f"{path}: is already converted to {source.quant}, {quant!r} was asked for; "
+                "convert the original checkpoint"
+            )
+        return source
+    if quant == "auto":
+        size = sum(entry[3] for entry in source.tensors())
+        quant = "none" if size < SMALL_BYTES else "w4"
+    if quant == "none":
+        return source
+    out = converted_path(path, quant, cache)
+    with _locked(out):
+        fresh = _open_if_fresh(out, source)
+        if fresh is not None:
+            return fresh
+        convert(source, path, out, quant=quant, progress=progress, threads=threads)
+    return _native.Checkpoint(os.fspath(out))
+
+
+def convert(
+    source: _native.Checkpoint,
+    path: str | Path,
+    out: str | Path,
+    *,
+    quant: str,
+    progress: bool | None = None,
+    threads: int | None = None,
+) -> None:
+    """Write `source`, which was opened from `path`, to the file `out` in the format `quant`.
+
+    The files of the tokenizer and the template travel along.
+    """
+    folder = Path(path)
+    attachments = [
+        (name, os.fspath(folder / name)) for name in ATTACHMENTS if (folder / name).is_file()
+    ]
+    with byte_bar(f"Converting {folder.resolve().name} to {quant}", progress) as report:
+        _native.convert(
+            source,
+            os.fspath(out),
+            quant=quant,
+            attachments=attachments,
+            threads=threads,
+            progress=report,
+        )
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where converted files are kept: `cache`, `QDELTA_CACHE`, or the platform's place."""
+    given = cache or os.environ.get("QDELTA_CACHE")
+    if given:
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+        return (Path(base) if base else Path.home() / "AppData" / "Local") / "qdelta" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "qdelta"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qdelta"
+
+
+def converted_path(path: str | Path, quant: str, cache: str | Path | None = None) -> Path:
+    """Where the converted form of the model at `path` is kept."""
+    # The hub's cache has folders named by revision; the name of the model is further up.
+    given = Path(os.path.abspath(path))
+    named = next((part for part in reversed(given.parts) if part.startswith("models--")), given.name)
+    key = hashlib.sha256(os.fsencode(given)).hexdigest()[:16]
+    return cache_folder(cache) / f"{named}-{key}.{quant}.safetensors"
+
+
+def _open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint | None:
+    """The converted file, if it is there, readable by this version, and made from `source`."""
+    if not out.exists():
+        return None
+    try:
+        converted = _native.Checkpoint(os.fspath(out))
+    except FileAccessError:
+        raise
+    except Error:
+        return None  # of another version, or damaged: it is made again
+    return converted if converted.sources() == source.sources() else None
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps other processes from making the same file meanwhile."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{out}.lock", "a+b")  # noqa: SIM115
+    except OSError as error:
+        raise FileAccessError(
+            error.errno or 0,
+            f"the cache folder cannot be written ({error.strerror}); choose another with cache= "
+            "or QDELTA_CACHE",
+            os.fspath(out.parent),
+        ) from error
+    with lock:
+        if sys.platform == "win32":
+            import msvcrt
+
+            lock.seek(0)
+            msvcrt.locking(lock.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield  # closing the file unlocks it
