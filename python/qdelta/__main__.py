@@ -1,0 +1,5 @@
+"""`python -m qdelta`."""
+
+from .cli import main
+
+main()

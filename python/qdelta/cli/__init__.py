@@ -1,0 +1,56 @@
+"""The `qdelta` command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import click
+
+from ..errors import Error
+from . import bench, files, talk
+
+HELP = """Run the Qwen3.5 small models (0.8B, 2B, 4B, 9B) on this computer's CPU.
+
+\b
+  qdelta demo                                a story from the toy model inside the package
+  qdelta chat Qwen/Qwen3.5-4B                talk to a model, fetched by its name
+  qdelta run ./Qwen3.5-0.8B "The sea is"     continue a text
+  qdelta bench --synthetic 0.8B              how fast would that be here?
+
+A MODEL is a name on the Hugging Face Hub, a checkpoint folder, a converted file, or "demo".
+"""
+
+
+@click.group(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="qdelta")
+def cli() -> None:
+    pass
+
+
+for command in (
+    talk.demo, talk.run, talk.chat, files.convert, files.inspect, files.evaluate, bench.bench
+):  # fmt: skip
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point: errors are one line, Ctrl-C and a closed pipe end quietly."""
+    try:
+        status = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(err=True)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # What is still buffered has nowhere to go; without this the interpreter would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Error as error:
+        click.echo(f"qdelta: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,105 @@
+"""The command `qdelta bench`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+
+class Counts(click.ParamType):
+    """Numbers separated by commas, as llama-bench takes them."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        if isinstance(value, list):
+            return value
+        try:
+            counts = [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)
+        if any(count < 0 for count in counts):
+            self.fail(f"{value!r}: expected no negative number", param, ctx)
+        return counts
+
+
+@click.command()
+@click.argument("model_name", metavar="[MODEL]", required=False)
+@click.option("--synthetic", type=click.Choice(["0.8B", "2B", "4B", "9B"]),
+              help="Random weights at the shapes of this size, no files needed.")
+@click.option("-p", "--n-prompt", type=Counts(), default="512", show_default=True,
+              help="Prompt tokens to read.")
+@click.option("-n", "--n-gen", type=Counts(), default="128", show_default=True,
+              help="Tokens to generate.")
+@click.option("-d", "--n-depth", type=Counts(), default="0", show_default=True,
+              help="Tokens that are there before.")
+@click.option("-t", "--threads", type=Counts(), help="Threads; default: all cores.")
+@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("-o", "--output", type=click.Choice(["md", "json", "csv", "jsonl"]), default="md",
+              show_default=True)
+@click.option("--quant", type=click.Choice(["auto", "none", "w8", "w4"]), default="auto",
+              show_default=True)
+@click.option("--kv", type=click.Choice(["auto", "f16", "f32"]), default="auto")
+@click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
+@click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
+@click.option("--offline", is_flag=True, help="Touch no network.")
+def bench(
+    model_name: str | None,
+    synthetic: str | None,
+    n_prompt: list[int],
+    n_gen: list[int],
+    n_depth: list[int],
+    threads: list[int] | None,
+    repetitions: int,
+    output: str,
+    quant: str,
+    kv: str,
+    isa: str | None,
+    cache: str | None,
+    offline: bool,
+) -> None:
+    """Measure speed: prefill (pp) and decode (tg) apart, with llama-bench's names.
+
+    Samples follow a warm-up; a rate is the mean over samples, ± their standard deviation.
+
+    \b
+      qdelta bench --synthetic 0.8B
+      qdelta bench Qwen/Qwen3.5-4B -p 512,4096 -n 64 -d 0,16384 -t 1,2 -o json
+    """
+    from .. import bench as benchmark
+    from ..progress import wanted
+    from ..tokenizer import locate
+
+    if (model_name is None) == (synthetic is None):
+        raise click.UsageError("give a MODEL or --synthetic, one of them")
+    cases = benchmark.tests(n_prompt, n_gen, n_depth)
+    if not cases:
+        raise click.UsageError("nothing to measure: -p and -n are 0")
+    path = locate(model_name, offline=offline, cache=cache, progress=None) if model_name else None
+    rows = []
+    thread_counts: list[int | None] = list(threads) if threads else [None]
+    if 0 in thread_counts:
+        raise click.UsageError("-t: at least 1 thread")
+    total = len(cases) * len(thread_counts) * repetitions
+    with click.progressbar(length=total, label="Measuring", file=sys.stderr,
+                           hidden=not wanted(None)) as bar:
+        for count in thread_counts:
+            if synthetic:
+                model, config = benchmark.load_synthetic(
+                    synthetic, quant=quant, threads=count, kv=kv, isa=isa
+                )
+            else:
+                assert path is not None
+                model, config = benchmark.load_file(
+                    path, quant=quant, cache=cache, threads=count, kv=kv, isa=isa
+                )
+            name = model_name or f"synthetic {synthetic}"
+            for case in cases:
+                rows.append(benchmark.run(
+                    model, case, repetitions=repetitions, filename=name, config=config,
+                    on_sample=lambda: bar.update(1),
+                ))
+            del model
+    click.echo(benchmark.format_rows(rows, output))

@@ -1,0 +1,75 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LOADING = (
+    click.option(
+        "--quant",
+        type=click.Choice(["auto", "none", "w8", "w4"]),
+        default="auto",
+        show_default=True,
+        help="Weights: 4 or 8 bits (converted once and kept), or as the files have them.",
+    ),
+    click.option("--ctx", type=click.IntRange(min=1), help="Tokens a conversation can hold."),
+    click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores."),
+    click.option(
+        "--kv",
+        type=click.Choice(["auto", "f16", "f32"]),
+        default="auto",
+        show_default=True,
+        help="Precision of the attention cache.",
+    ),
+    click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best."),
+    click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files."),
+    click.option("--offline", is_flag=True, help="Touch no network."),
+)
+
+_SAMPLING = (
+    click.option("-n", "--max-tokens", type=click.IntRange(min=0), help="Stop after this many."),
+    click.option("--temperature", type=click.FloatRange(min=0), help="0: the most likely token."),
+    click.option("--top-k", type=click.IntRange(min=0), help="Only the K most likely; 0: all."),
+    click.option("--top-p", type=click.FloatRange(0, 1), help="Only the most likely, up to P."),
+    click.option("--min-p", type=click.FloatRange(0, 1), help="Only above P times the best."),
+    click.option("--presence-penalty", type=float, help="Against what was said once."),
+    click.option("--seed", type=int, help="Repeat a run exactly."),
+    click.option(
+        "--preset",
+        default="auto",
+        show_default=True,
+        help="Sampling profile of the model card: chat, thinking, coding, reasoning, greedy.",
+    ),
+)
+
+
+def loading_options(command: F) -> F:
+    """Options of `qdelta.load`."""
+    return _apply(_LOADING, command)
+
+
+def sampling_options(command: F) -> F:
+    """Options of a generation."""
+    return _apply(_SAMPLING, command)
+
+
+def _apply(options: tuple[Callable[[F], F], ...], command: F) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def given(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The options that were given on the command line, of those named."""
+    return {name: options[name] for name in names if options[name] is not None}
+
+
+SAMPLING_NAMES = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "seed", "preset",
+)  # fmt: skip
+LOADING_NAMES = ("quant", "ctx", "threads", "kv", "isa", "cache", "offline")

@@ -1,0 +1,215 @@
+"""Commands about files: convert, inspect, eval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import LOADING_NAMES, loading_options
+
+
+@click.command()
+@click.argument("model_name", metavar="MODEL")
+@click.option(
+    "--quant",
+    type=click.Choice(["w4", "w8"]),
+    default="w4",
+    show_default=True,
+    help="Bits of a weight: about 4.5 or 8.5.",
+)
+@click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
+@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores.")
+@click.option("--offline", is_flag=True, help="Touch no network.")
+def convert(model_name: str, quant: str, out: str, threads: int | None, offline: bool) -> None:
+    """Convert a checkpoint to one file that loads at once and needs nothing else.
+
+    The tokenizer and the chat template travel inside. Commands and `qdelta.load` take the file
+    as a MODEL.
+
+    \b
+      qdelta convert Qwen/Qwen3.5-4B -o qwen3.5-4b.w4.safetensors
+      qdelta convert ./Qwen3.5-9B --quant w8 -o qwen3.5-9b.w8.safetensors
+    """
+    from .. import _native, weights
+    from ..tokenizer import locate
+
+    path = locate(model_name, offline=offline, cache=None, progress=None)
+    source = _native.Checkpoint(str(path))
+    weights.convert(source, path, out, quant=quant, threads=threads)
+    click.echo(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB", err=True)
+
+
+@click.command()
+@click.argument("model_name", metavar="MODEL")
+@click.option("--ctx", type=click.IntRange(min=1), default=4096, show_default=True,
+              help="Context length of the memory plan.")
+@click.option("--kv", type=click.Choice(["auto", "f16", "f32"]), default="auto",
+              help="Precision of the attention cache in the plan.")
+@click.option("--tensors/--no-tensors", default=False, help="List every tensor.")
+@click.option("--verify", is_flag=True, help="Read a converted file whole and check its hash.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--offline", is_flag=True, help="Touch no network.")
+def inspect(
+    model_name: str,
+    ctx: int,
+    kv: str,
+    tensors: bool,
+    verify: bool,
+    as_json: bool,
+    offline: bool,
+) -> None:
+    """Show what a model is: sizes, tensors, types, and the memory it needs.
+
+    \b
+      qdelta inspect Qwen/Qwen3.5-4B --ctx 32768
+      qdelta inspect qwen3.5-4b.w4.safetensors --tensors --verify
+    """
+    from .. import _native
+    from ..tokenizer import locate
+
+    path = locate(model_name, offline=offline, cache=None, progress=None)
+    checkpoint = _native.Checkpoint(str(path))
+    if verify:
+        _native.verify(str(path))
+    config = json.loads(checkpoint.config_json)
+    native_ctx = config.get("text_config", config).get("max_position_embeddings", ctx)
+    model = _native.Model(checkpoint, threads=1, kv=kv)
+    report = _report(model_name, checkpoint, model, config, min(ctx, native_ctx))
+    report["verified"] = True if verify else None
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _print_report(report, tensors)
+
+
+def _report(
+    name: str, checkpoint: Any, model: Any, config: dict[str, Any], ctx: int
+) -> dict[str, Any]:
+    """What `inspect` shows, as plain data. Sizes in bytes."""
+    from ..sizes import name_of, parameters
+
+    text = config.get("text_config", config)
+    tensors = [
+        {"name": n, "type": dtype, "shape": list(shape), "bytes": size, "file": file}
+        for n, dtype, shape, size, file in checkpoint.tensors()
+    ]
+    types: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        entry = types.setdefault(tensor["type"], {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor["bytes"]
+    plan = model.memory_plan(ctx)
+    return {
+        "model": name,
+        "size": name_of(config),
+        "parameters": parameters(config),
+        "quant": checkpoint.quant,
+        "metadata": {
+            key: value for key, value in checkpoint.metadata.items() if key != "qdelta.config"
+        },
+        "config": {
+            key: value for key, value in text.items() if not isinstance(value, (dict, list))
+        },
+        "types": types,
+        "tensors": tensors,
+        "memory": {"ctx": ctx, "kv_type": model.kv, **plan, "total": sum(plan.values())},
+    }
+
+
+def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    memory = report["memory"]
+    count = f"{report['parameters'] / 1e6:,.1f} M parameters"
+    console.print(f"[bold]{report['model']}[/bold]: Qwen3.5 {report['size']}, {count}, "
+                  f"quant {report['quant']}")
+    if report["verified"]:
+        console.print("hash verified")
+    table = Table("setting", "value", title="Config", title_justify="left")
+    for key, value in report["config"].items():
+        table.add_row(key, str(value))
+    console.print(table)
+    table = Table("type", "tensors", "size", title="Types", title_justify="left")
+    for name, entry in report["types"].items():
+        table.add_row(name, str(entry["tensors"]), _size(entry["bytes"]))
+    console.print(table)
+    if list_tensors:
+        table = Table("tensor", "type", "shape", "size", title="Tensors", title_justify="left")
+        for tensor in report["tensors"]:
+            shape = " x ".join(map(str, tensor["shape"]))
+            table.add_row(tensor["name"], tensor["type"], shape, _size(tensor["bytes"]))
+        console.print(table)
+    title = f"Memory for a context of {memory['ctx']}"
+    table = Table("part", "size", title=title, title_justify="left")
+    names = {
+        "weights": "weights (shared, mapped)",
+        "kv": f"attention cache ({memory['kv_type']})",
+        "state": "recurrent and convolution state",
+        "scratch": "work buffers",
+        "total": "total",
+    }
+    for key, label in names.items():
+        table.add_row(label, _size(memory[key]))
+    console.print(table)
+
+
+def _size(n: int) -> str:
+    """A size that a person can read."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+@click.command("eval")
+@click.argument("model_name", metavar="MODEL")
+@click.option("--text", "file", type=click.File(encoding="utf-8"), required=True,
+              help="UTF-8 text; - is standard input.")
+@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True,
+              help="Tokens that are scored together.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@loading_options
+def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: Any) -> None:
+    """Perplexity of a text: how well the model foresees it, lower is better.
+
+    The text is cut into windows that do not overlap; each runs alone, its first token is not
+    scored, and an incomplete last window is left out.
+
+    \b
+      qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt
+      qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt --quant none
+    """
+    from ..llm import load
+
+    model = load(model_name, **{name: options[name] for name in LOADING_NAMES})
+    with click.progressbar(length=1, label="Reading", file=click.get_text_stream("stderr"),
+                           hidden=not click.get_text_stream("stderr").isatty()) as bar:
+        def report(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        result = model.perplexity(file.read(), window=window, progress=report)
+    rate = result.timings.prefill_tokens_per_s
+    if as_json:
+        click.echo(json.dumps({
+            "model": model_name,
+            "quant": model.native.quant,
+            "perplexity": result.value,
+            "perplexity_second_half": result.second_half,
+            "mean_loss": result.mean_loss,
+            "windows": result.windows,
+            "scored": result.scored,
+            "tokens_per_s": rate,
+        }))
+        return
+    click.echo(f"perplexity {result.value:.4f} ({result.windows} windows of {window}, "
+               f"{result.scored} tokens scored)")
+    click.echo(f"second half of the windows {result.second_half:.4f}")
+    click.echo(f"{rate:.1f} tokens per second")
