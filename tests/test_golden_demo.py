@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+
 import qdelta
 from golden_data import DEMO
 from qdelta import _native
@@ -43,7 +44,10 @@ def test_prompt_is_rendered_as_stored(case):
     model = load("none")
     if "messages" in case:
         options = {k: case[k] for k in ("enable_thinking",) if k in case}
-        assert model.render(case["messages"], **options) == case["rendered"]
+        assert (
+            model.render(case["messages"], add_generation_prompt=True, **options)
+            == case["rendered"]
+        )
     assert list(model.encode(case["rendered"])) == case["prompt_tokens"]
 
 
@@ -87,9 +91,12 @@ def test_perplexity(quant, allowed, record_property):
 
 
 def test_public_perplexity():
-    """`perplexity` of the file's text, by whatever windows it uses, is near the stored one."""
+    """`perplexity` of the file's text: the definition and the value of the stored one."""
     text = (DEMO / "validation.txt").read_text(encoding="utf-8")
-    assert list(load("none").encode(text)) == np.load(DEMO / "validation-tokens.npy").tolist()
-    got = load("none").perplexity(text)
-    value = getattr(got, "perplexity", got)
-    assert abs(value / PERPLEXITY["float32"]["all"] - 1) < 0.1
+    model, want = load("none"), PERPLEXITY["float32"]
+    assert list(model.encode(text)) == np.load(DEMO / "validation-tokens.npy").tolist()
+    got = model.perplexity(text, window=PERPLEXITY["window"])
+    assert (got.windows, got.scored) == (want["windows"], want["scored"])
+    assert got.perplexity == pytest.approx(want["all"], rel=2e-5)
+    assert got.second_half == pytest.approx(want["second_half"], rel=2e-5)
+    assert got.mean_loss == pytest.approx(want["mean_nll"], rel=2e-5)

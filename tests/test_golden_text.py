@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 import pytest
+
 import qdelta
 from golden_data import MODELS, GoldenModel, assert_close, cases, golden_model, prompts
 from qdelta import _native

@@ -10,9 +10,9 @@ import json
 
 import numpy as np
 import pytest
-from qdelta import _native
 
 import reference
+from qdelta import _native
 from reference import Config, Reference, widen
 from tiny import (
     TEXT_PREFIXES,

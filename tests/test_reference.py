@@ -6,9 +6,13 @@ taken up as they are found there.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
-from golden_data import MODELS, OPS, Tensors, assert_close, cases, golden_model, prompts
+
+from golden_data import DEMO, MODELS, OPS, Tensors, assert_close, cases, golden_model, prompts
 from reference import (
     Config,
     Reference,
@@ -32,6 +36,7 @@ from reference import (
 from tiny import config_json, formula, formula_model, make_checkpoint
 
 EPS = 1e-6
+DEMO_FOLDER = Path(__file__).parents[1] / "python" / "qdelta" / "demo"
 
 # --------------------------------------------------------------------------------- the ops
 
@@ -264,6 +269,19 @@ def test_chunk_plans(golden, twin, chunk):
         assert done == len(ids)
         assert np.abs(np.concatenate(logits) - whole).max() < 5e-4, name
     plans.assert_all_used()
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_demo(chunk):
+    """The trained toy: log-probabilities of its stored continuations."""
+    model = Reference.load(DEMO_FOLDER, chunk=chunk)
+    for case in json.loads((DEMO / "greedy.json").read_text())["prompts"]:
+        begin, tokens = len(case["prompt_tokens"]) - 1, case["tokens"]
+        logits = model.logits(case["prompt_tokens"] + tokens)[begin:-1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        got = logprobs[np.arange(len(tokens)), tokens]
+        assert np.abs(got - case["logprobs"]).max() < 2e-4, case["rendered"]
 
 
 # ------------------------------------------------------------------------- formula weights

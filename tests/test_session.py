@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import qdelta
 from golden_data import TEXT
 from qdelta import _native

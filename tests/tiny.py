@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
 from reference import Config, mtp_tensors, text_tensors
 
 GOLDEN = Path(__file__).parent / "golden"

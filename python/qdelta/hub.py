@@ -78,11 +78,11 @@ def resolve(
             raise _failed(
                 name, "it is not in the hub's cache, and offline work was asked for; fetch it once online"
             ) from error
-        raise _failed(name, f"the hub cannot be reached and the cache does not have it ({error})") from error
+        raise _failed(name, "the hub cannot be reached, and its cache here does not have it") from error
     except HfHubHTTPError as error:
         raise _failed(name, str(error)) from error
     except OSError as error:
-        raise FileAccessError(error.errno or 0, f"{name}: {error.strerror or error}") from error
+        raise _failed(name, error.strerror or str(error)) from error
     except Error:
         raise
     except Exception as error:
@@ -97,4 +97,4 @@ def resolve(
 
 
 def _failed(name: str, why: str) -> FileAccessError:
-    return FileAccessError(0, f"{name}: {why}")
+    return FileAccessError(f"{name}: {why}")

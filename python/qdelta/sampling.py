@@ -194,9 +194,11 @@ class Sampler:
         if self._greedy:
             return int(row.argmax())
         sampling = self._sampling
-        ids = top_k(row, sampling.top_k) if 0 < sampling.top_k < len(row) else None
-        if ids is not None and len(ids) <= _MAX_LISTED:
+        k = min(sampling.top_k, len(row))
+        if 0 < k <= _MAX_LISTED:
+            ids = top_k(row, k)
             return self._choose_listed(ids.tolist(), row[ids].tolist())
+        ids = top_k(row, k) if 0 < k < len(row) else None
         kept = row if ids is None else row[ids]
         scale = np.float32(1.0 / sampling.temperature)
         if sampling.top_p < 1.0 or sampling.min_p > 0.0:

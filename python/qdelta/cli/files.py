@@ -201,7 +201,7 @@ def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: 
         click.echo(json.dumps({
             "model": model_name,
             "quant": model.native.quant,
-            "perplexity": result.value,
+            "perplexity": result.perplexity,
             "perplexity_second_half": result.second_half,
             "mean_loss": result.mean_loss,
             "windows": result.windows,
@@ -209,7 +209,7 @@ def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: 
             "tokens_per_s": rate,
         }))
         return
-    click.echo(f"perplexity {result.value:.4f} ({result.windows} windows of {window}, "
+    click.echo(f"perplexity {result.perplexity:.4f} ({result.windows} windows of {window}, "
                f"{result.scored} tokens scored)")
     click.echo(f"second half of the windows {result.second_half:.4f}")
     click.echo(f"{rate:.1f} tokens per second")

@@ -98,11 +98,16 @@ def run(
 
 def _print_stream(model: Model, prompt: Any, settings: dict[str, Any]) -> Completion | Message:
     """Print text as it comes; reasoning goes to standard error, dimmed."""
+    reasoning = False
     with model.stream(prompt, **settings) as stream:
         for event in stream:
             if event.kind == "reasoning":
+                reasoning = True
                 click.secho(event.text, dim=True, nl=False, err=True)
             elif event.kind == "text":
+                if reasoning:
+                    click.echo("\n", err=True)
+                    reasoning = False
                 click.echo(event.text, nl=False)
                 sys.stdout.flush()
         click.echo()

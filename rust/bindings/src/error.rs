@@ -14,16 +14,17 @@ pub fn exception(py: Python<'_>, error: Error) -> PyErr {
         Error::Memory { .. } | Error::Interrupted | Error::Internal(_) => "Error",
     };
     let text = error.to_string();
-    let made = py.import("qdelta.errors").and_then(|errors| errors.getattr(class)).and_then(|class| {
-        match &error {
-            Error::Context { needed, available } => class.call1((*needed, *available)),
-            Error::Io { path, source } => {
-                let errno = source.raw_os_error().unwrap_or(0);
-                class.call1((errno, source.to_string(), path.as_os_str()))
+    let made =
+        py.import("qdelta.errors").and_then(|errors| errors.getattr(class)).and_then(|class| {
+            match &error {
+                Error::Context { needed, available } => class.call1((*needed, *available)),
+                Error::Io { path, source } => {
+                    let errno = source.raw_os_error().unwrap_or(0);
+                    class.call1((errno, source.to_string(), path.as_os_str()))
+                }
+                _ => class.call1((text,)),
             }
-            _ => class.call1((text,)),
-        }
-    });
+        });
     made.map_or_else(|error| error, PyErr::from_value)
 }
 

@@ -47,7 +47,12 @@ impl Session {
     }
 
     #[pyo3(signature = (tokens, logits="last"))]
-    fn feed(&self, py: Python<'_>, tokens: PyReadonlyArray1<'_, i32>, logits: &str) -> PyResult<()> {
+    fn feed(
+        &self,
+        py: Python<'_>,
+        tokens: PyReadonlyArray1<'_, i32>,
+        logits: &str,
+    ) -> PyResult<()> {
         let rows = match logits {
             "none" => Rows::None,
             "last" => Rows::Last,

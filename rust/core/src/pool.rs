@@ -65,7 +65,8 @@ impl Shared {
                 if next >= end {
                     return None;
                 }
-                let (chunk, rest) = if i == 0 { (next, word + (1 << 32)) } else { (end - 1, word - 1) };
+                let (chunk, rest) =
+                    if i == 0 { (next, word + (1 << 32)) } else { (end - 1, word - 1) };
                 match share.compare_exchange_weak(word, rest, Ordering::AcqRel, Ordering::Acquire) {
                     Ok(_) => return Some(chunk as usize),
                     Err(now) => word = now,
@@ -228,7 +229,9 @@ impl Team<'_> {
         // SAFETY: no chunk is claimed (the previous region is over, this one not yet published),
         // so nobody reads the cell; the lifetime is extended only for threads that hold a chunk of
         // this region, and this function waits for all chunks.
-        unsafe { *shared.job.get() = Some(std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job)) };
+        unsafe {
+            *shared.job.get() = Some(std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job))
+        };
         shared.done.0.store(0, Ordering::Relaxed);
         for (t, share) in shared.shares.iter().enumerate() {
             let (next, end) = (chunks * t / threads, chunks * (t + 1) / threads);
@@ -357,10 +360,17 @@ mod tests {
             let team = pool.team();
             for chunks in [0, 1, 2, 3, 7, 64, 1000] {
                 let counts: Vec<_> = (0..chunks).map(|_| AtomicUsize::new(0)).collect();
-                team.run(chunks, |_| (), |(), chunk| {
-                    counts[chunk].fetch_add(1, Ordering::Relaxed);
-                });
-                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{threads} {chunks}");
+                team.run(
+                    chunks,
+                    |_| (),
+                    |(), chunk| {
+                        counts[chunk].fetch_add(1, Ordering::Relaxed);
+                    },
+                );
+                assert!(
+                    counts.iter().all(|c| c.load(Ordering::Relaxed) == 1),
+                    "{threads} {chunks}"
+                );
             }
         }
     }
@@ -374,9 +384,13 @@ mod tests {
                 // Long enough for the workers to park.
                 thread::sleep(SPIN * 10);
             }
-            pool.team().run(5, |_| (), |(), chunk| {
-                sum.fetch_add(chunk, Ordering::Relaxed);
-            });
+            pool.team().run(
+                5,
+                |_| (),
+                |(), chunk| {
+                    sum.fetch_add(chunk, Ordering::Relaxed);
+                },
+            );
         }
         assert_eq!(sum.into_inner(), 2000 * 10);
     }
@@ -384,16 +398,24 @@ mod tests {
     #[test]
     fn tiles_cover_the_matrix_once() {
         let pool = Pool::new(3);
-        for (rows, width, tile) in [(1, 1, (1, 1)), (5, 7, (2, 3)), (4, 33, (9, 16)), (3, 64, (1, 64))] {
+        for (rows, width, tile) in
+            [(1, 1, (1, 1)), (5, 7, (2, 3)), (4, 33, (9, 16)), (3, 64, (1, 64))]
+        {
             let mut matrix = vec![0.0; rows * width];
-            pool.team().run_tiles(&mut matrix, width, tile, |_| (), |(), mut tile| {
-                for row in tile.rows() {
-                    let first = tile.cols().start;
-                    for (i, y) in tile.row(row).iter_mut().enumerate() {
-                        *y += (row * width + first + i) as f32 + 1.0;
+            pool.team().run_tiles(
+                &mut matrix,
+                width,
+                tile,
+                |_| (),
+                |(), mut tile| {
+                    for row in tile.rows() {
+                        let first = tile.cols().start;
+                        for (i, y) in tile.row(row).iter_mut().enumerate() {
+                            *y += (row * width + first + i) as f32 + 1.0;
+                        }
                     }
-                }
-            });
+                },
+            );
             let want: Vec<f32> = (1..=rows * width).map(|i| i as f32).collect();
             assert_eq!(matrix, want);
         }
@@ -409,9 +431,13 @@ mod tests {
             assert!(result.is_err());
         }
         let ran = AtomicUsize::new(0);
-        pool.team().run(20, |_| (), |(), _| {
-            ran.fetch_add(1, Ordering::Relaxed);
-        });
+        pool.team().run(
+            20,
+            |_| (),
+            |(), _| {
+                ran.fetch_add(1, Ordering::Relaxed);
+            },
+        );
         assert_eq!(ran.into_inner(), 20);
     }
 }

@@ -40,6 +40,9 @@ impl Snapshot {
     }
 }
 
+/// Name, shape and data of a part of a layer's state.
+pub type StateArray = (&'static str, Vec<usize>, Vec<f32>);
+
 impl Session {
     pub fn new(model: Arc<Model>) -> Session {
         Session {
@@ -192,7 +195,7 @@ impl Session {
 
     /// The state of a layer as plain arrays with their shapes, by name: `conv` [channels,
     /// kernel - 1] and `recurrent` [h_v, d_k, d_v], or `key` and `value` [h_kv, tokens, head_dim].
-    pub fn layer_state(&mut self, layer: usize) -> Result<Vec<(&'static str, Vec<usize>, Vec<f32>)>> {
+    pub fn layer_state(&mut self, layer: usize) -> Result<Vec<StateArray>> {
         let config = &self.model.config;
         self.state.commit();
         match self.state.layers.get(layer) {

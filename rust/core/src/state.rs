@@ -117,7 +117,9 @@ impl State {
     pub fn new(config: &Config) -> State {
         let layers = config.layer_types.iter().map(|layer| match layer {
             LayerType::LinearAttention => LayerState::Linear(
-                (0..config.linear_num_key_heads).map(|_| Mutex::new(KeyHead::new(config))).collect(),
+                (0..config.linear_num_key_heads)
+                    .map(|_| Mutex::new(KeyHead::new(config)))
+                    .collect(),
             ),
             LayerType::FullAttention => {
                 LayerState::Full(vec![KvHead::default(); config.num_key_value_heads])

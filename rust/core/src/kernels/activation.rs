@@ -114,14 +114,19 @@ mod tests {
                 let want = x / (1.0 + (-x).exp());
                 let bound = 1e-6 * want.abs() + 2e-8;
                 // Below -88 the result is too small for an accurate f32, and tiny.
-                assert!((f64::from(y) - want).abs() <= bound || *gate < -87.0 && y.abs() < 1e-6, "{cpu:?} {gate} {y}");
+                assert!(
+                    (f64::from(y) - want).abs() <= bound || *gate < -87.0 && y.abs() < 1e-6,
+                    "{cpu:?} {gate} {y}"
+                );
             }
         }
     }
 
     #[test]
     fn gates_match_their_definition() {
-        for (a, b, a_log, dt_bias) in [(0.3, -0.2, 1.1, 0.4), (25.0, 40.0, 2.7, 1.0), (-90.0, -90.0, -3.0, 0.0)] {
+        for (a, b, a_log, dt_bias) in
+            [(0.3, -0.2, 1.1, 0.4), (25.0, 40.0, 2.7, 1.0), (-90.0, -90.0, -3.0, 0.0)]
+        {
             let (g, beta) = gates(a, b, a_log, dt_bias);
             let x = f64::from(a + dt_bias);
             let want = -f64::from(a_log).exp() * x.exp().ln_1p();

@@ -109,10 +109,10 @@ pub struct ValueHead {
 /// Factors of one chunk that do not depend on the column.
 #[derive(Clone, Copy, Default)]
 struct Factors {
-    decay: [f32; MAX_CHUNK],             // exp(G_t)
-    kk: [[f32; MAX_CHUNK]; MAX_CHUNK],   // exp(G_t - G_s) k_t . k_s
-    qk: [[f32; MAX_CHUNK]; MAX_CHUNK],   // exp(G_t - G_s) q_t . k_s
-    rest: [f32; MAX_CHUNK],              // exp(G_T - G_s)
+    decay: [f32; MAX_CHUNK],           // exp(G_t)
+    kk: [[f32; MAX_CHUNK]; MAX_CHUNK], // exp(G_t - G_s) k_t . k_s
+    qk: [[f32; MAX_CHUNK]; MAX_CHUNK], // exp(G_t - G_s) q_t . k_s
+    rest: [f32; MAX_CHUNK],            // exp(G_T - G_s)
 }
 
 impl Factors {
@@ -175,20 +175,11 @@ impl ValueHead {
             *f = Factors::new(chunk, &gates[first..]);
             first += chunk.tokens;
         }
-        // With nothing pending, one token of zeros takes its place.
-        let zeros = [[0.0; 2]; 512];
-        let nothing;
-        let before = if before.tokens == 0 {
-            let rows = match zeros.as_flattened().get(..2 * d_k) {
-                Some(zeros) => zeros,
-                None => {
-                    nothing = vec![0.0; 2 * d_k];
-                    &nothing
-                }
-            };
-            (1, rows)
-        } else {
-            (before.tokens, &before.rows[..])
+        let Some(first_chunk) = next.chunks.first() else { return };
+        let before = match before.tokens {
+            // Nothing is pending: the update is zero and the decay 1, whatever the keys.
+            0 => (first_chunk.tokens, &first_chunk.rows[..]),
+            tokens => (tokens, &before.rows[..]),
         };
         for (b, pending) in self.pending.iter_mut().enumerate() {
             let block = &mut self.state[b * d_k..][..d_k];
@@ -200,7 +191,7 @@ impl ValueHead {
                 macro_rules! passes {
                     ($(($a:literal, $t:literal))*) => {
                         match (earlier.0, chunk.tokens) {
-                            $(($a, $t) if $a <= S::DELTA_TOKENS && $t <= S::DELTA_TOKENS => {
+                            $(($a, $t) if usize::max($a, $t) <= S::DELTA_TOKENS => {
                                 let update = pending[..$a].try_into().expect("a update rows");
                                 pass::<S, $a, $t>(
                                     s, block, decay, earlier.1, update, &chunk.rows,
@@ -212,8 +203,9 @@ impl ValueHead {
                         }
                     };
                 }
-                passes!((1, 1)(1, 2)(1, 3)(1, 4)(2, 1)(2, 2)(2, 3)(2, 4)
-                        (3, 1)(3, 2)(3, 3)(3, 4)(4, 1)(4, 2)(4, 3)(4, 4));
+                passes!((1, 1)(1, 2)(1, 3)(1, 4)(2, 1)(2, 2)(2, 3)(2, 4)(3, 1)(3, 2)(3, 3)(3, 4)(
+                    4, 1
+                )(4, 2)(4, 3)(4, 4));
                 let mut e = [s.splat(0.0); MAX_CHUNK];
                 for t in 0..chunk.tokens {
                     let row = first + t;

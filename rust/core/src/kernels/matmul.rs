@@ -244,7 +244,10 @@ mod tests {
                                 .chunks_exact(cols)
                                 .map(|w| {
                                     let x = &x[t * cols..][..cols];
-                                    w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum()
+                                    w.iter()
+                                        .zip(x)
+                                        .map(|(w, x)| f64::from(*w) * f64::from(*x))
+                                        .sum()
                                 })
                                 .collect();
                             let bound = |i: usize| {
@@ -309,7 +312,10 @@ mod tests {
                         let largest = w.iter().fold(0.0f32, |m, w| m.max(w.abs()));
                         let bound = largest / steps * if format == Format::W4 { 1.2 } else { 0.51 };
                         for (w, out) in w.iter().zip(out) {
-                            assert!((w - out).abs() <= bound.max(1e-8), "{cpu:?} {format:?} {w} {out}");
+                            assert!(
+                                (w - out).abs() <= bound.max(1e-8),
+                                "{cpu:?} {format:?} {w} {out}"
+                            );
                         }
                     }
                 }
@@ -321,7 +327,9 @@ mod tests {
     fn float_products_match_f64() {
         for cpu in Cpu::all() {
             for format in [Format::Bf16, Format::F16, Format::F32] {
-                for (rows, cols, tokens) in [(1, 1, 1), (3, 15, 2), (5, 16, 7), (9, 100, 13), (4, 257, 6)] {
+                for (rows, cols, tokens) in
+                    [(1, 1, 1), (3, 15, 2), (5, 16, 7), (9, 100, 13), (4, 257, 6)]
+                {
                     let values = random(rows * cols, 10);
                     // An odd first byte: the file promises no alignment.
                     let mut w = vec![0u8];

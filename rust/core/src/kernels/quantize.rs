@@ -47,11 +47,11 @@ impl QuantTile {
         let codes = self.codes.as_chunks::<M>().0.as_chunks().0;
         let sums = self.sums.as_chunks::<M>().0.as_chunks().0;
         let scales = self.scales.as_chunks::<M>().0.as_chunks().0;
-        codes
-            .iter()
-            .zip(sums)
-            .zip(scales)
-            .map(|((codes, sums), scales)| QuantBlock { codes, sums, scales })
+        codes.iter().zip(sums).zip(scales).map(|((codes, sums), scales)| QuantBlock {
+            codes,
+            sums,
+            scales,
+        })
     }
 }
 
@@ -105,7 +105,8 @@ mod tests {
                 for t in 0..tokens {
                     for group in 0..cols.next_multiple_of(BLOCK) / GROUP {
                         let value = |i: usize| if i < cols { x[t * cols + i] } else { 0.0 };
-                        let values: Vec<f32> = (0..GROUP).map(|i| value(group * GROUP + i)).collect();
+                        let values: Vec<f32> =
+                            (0..GROUP).map(|i| value(group * GROUP + i)).collect();
                         let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                         let scale = tile.scales[group * tokens + t];
                         assert!((scale - largest / 127.0).abs() <= largest * 1e-6);

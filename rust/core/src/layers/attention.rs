@@ -101,7 +101,15 @@ impl Attention {
 
         let cache = &*cache;
         let unit = |kv: usize, tokens: Range<usize>, chunks: Range<usize>| Unit {
-            layer: self, ctx, cache: &cache[kv], kv, tokens, chunks, positions, width, projected,
+            layer: self,
+            ctx,
+            cache: &cache[kv],
+            kv,
+            tokens,
+            chunks,
+            positions,
+            width,
+            projected,
         };
         let head_cols = self.heads.queries_per_kv * self.heads.dim;
         let mixed_width = self.heads.kv * head_cols;
@@ -169,7 +177,13 @@ impl Attention {
         let mut key = vec![0.0; dim];
         for (t, row) in projected.chunks_exact(width).enumerate() {
             let position = positions.past + t;
-            norm::rms_norm(ctx.cpu, &row[k_col..k_col + dim], &self.k_norm, self.heads.eps, &mut key);
+            norm::rms_norm(
+                ctx.cpu,
+                &row[k_col..k_col + dim],
+                &self.k_norm,
+                self.heads.eps,
+                &mut key,
+            );
             if let Some(trace) = ctx.trace {
                 let width = self.heads.kv * dim;
                 trace.layer_part("k_norm", width, head * dim, std::iter::once((t, &key[..])));
@@ -269,7 +283,9 @@ impl Kernel for Attend<'_> {
                 let q = &scratch.queries[group * dim..][..dim];
                 let (scores, partial) = (&mut scratch.scores, &mut scratch.partials[group]);
                 match unit.positions.cache {
-                    Format::F16 => attend_isa::<S, F16>(s, q, &chunk.k, &chunk.v, &seen, scores, partial),
+                    Format::F16 => {
+                        attend_isa::<S, F16>(s, q, &chunk.k, &chunk.v, &seen, scores, partial)
+                    }
                     _ => attend_isa::<S, F32>(s, q, &chunk.k, &chunk.v, &seen, scores, partial),
                 }
             }

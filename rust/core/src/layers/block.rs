@@ -82,7 +82,13 @@ impl Block {
     }
 
     /// Records a norm's output, and keeps the residual stream to tell later what was added.
-    fn trace_norm(&self, ctx: Context<'_>, name: &str, input: &Input, x: &[f32]) -> Option<Vec<f32>> {
+    fn trace_norm(
+        &self,
+        ctx: Context<'_>,
+        name: &str,
+        input: &Input,
+        x: &[f32],
+    ) -> Option<Vec<f32>> {
         let trace = ctx.trace?;
         let width = self.input_layernorm.len();
         trace.layer_part(name, width, 0, input.rows.chunks_exact(width).enumerate());

@@ -44,11 +44,11 @@ pub struct Heads {
 /// Work space of one thread.
 #[derive(Default)]
 pub struct UnitScratch {
-    q: Vec<f32>,             // [MAX_TOKENS, d_k]
-    k: Vec<f32>,             // [MAX_TOKENS, d_k]
-    v: Vec<f32>,             // [MAX_TOKENS, values_per_key, d_v]
-    y: Vec<f32>,             // [MAX_TOKENS, d_v]
-    gates: Vec<(f32, f32)>,  // [MAX_TOKENS]
+    q: Vec<f32>,            // [MAX_TOKENS, d_k]
+    k: Vec<f32>,            // [MAX_TOKENS, d_k]
+    v: Vec<f32>,            // [MAX_TOKENS, values_per_key, d_v]
+    y: Vec<f32>,            // [MAX_TOKENS, d_v]
+    gates: Vec<(f32, f32)>, // [MAX_TOKENS]
     key_queries: KeyQueries,
 }
 
@@ -86,7 +86,16 @@ impl GatedDeltaNet {
             let key = y.cols().start / unit_cols;
             let mut state = lock(&state[key]);
             let unit = &mut **unit;
-            ctx.cpu.run(Unit { layer: self, ctx, key, width, projected, state: &mut state, unit, y });
+            ctx.cpu.run(Unit {
+                layer: self,
+                ctx,
+                key,
+                width,
+                projected,
+                state: &mut state,
+                unit,
+                y,
+            });
         });
         mixed.prepare(ctx, &[&self.out_proj]);
         project(ctx, &[&self.out_proj], mixed, true, residual);
@@ -178,7 +187,12 @@ impl Unit<'_> {
             if let Some(trace) = self.ctx.trace {
                 let n_heads = self.layer.a_log.len();
                 let numbered = |rows| (first..).zip(rows);
-                trace.layer_part("delta_out", n_heads * d_v, head * d_v, numbered(y.chunks_exact(d_v)));
+                trace.layer_part(
+                    "delta_out",
+                    n_heads * d_v,
+                    head * d_v,
+                    numbered(y.chunks_exact(d_v)),
+                );
                 for (t, (g, beta)) in (first..).zip(&*gate_values) {
                     trace.layer_part("g", n_heads, head, std::iter::once((t, &[*g][..])));
                     trace.layer_part("beta", n_heads, head, std::iter::once((t, &[*beta][..])));
@@ -197,7 +211,6 @@ impl Unit<'_> {
         }
         self.state.pending.advance(key_queries);
     }
-
 }
 
 /// Records the convolved q, k and v of a key head, each alone and side by side.

@@ -59,10 +59,16 @@ impl Input {
         if self.tokens <= FEW_TOKENS {
             norm::rms_norm(ctx.cpu, x, w, eps, &mut self.rows);
         } else {
-            ctx.team.run_tiles(&mut self.rows, w.len(), (1, w.len()), |_| (), |(), mut y| {
-                let row = y.rows().start;
-                norm::rms_norm(ctx.cpu, &x[row * w.len()..][..w.len()], w, eps, y.row(row));
-            });
+            ctx.team.run_tiles(
+                &mut self.rows,
+                w.len(),
+                (1, w.len()),
+                |_| (),
+                |(), mut y| {
+                    let row = y.rows().start;
+                    norm::rms_norm(ctx.cpu, &x[row * w.len()..][..w.len()], w, eps, y.row(row));
+                },
+            );
         }
     }
 
@@ -151,30 +157,36 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
     assert_eq!(y.len(), tokens * width);
     let cols = chunk_cols(ctx, matrices, tokens);
     let tile_tokens = ctx.cpu.tile_tokens();
-    ctx.team.run_tiles(y, width, (tokens, cols), |_| Vec::new(), |product, mut y| {
-        let mut first = 0;
-        for matrix in matrices {
-            let start = y.cols().start.max(first);
-            let end = y.cols().end.min(first + matrix.rows);
-            if start < end {
-                let rows = start - first..end - first;
-                for t in (0..tokens).step_by(tile_tokens) {
-                    let tile = t..(t + tile_tokens).min(tokens);
-                    let n = x.product(ctx, matrix, rows.clone(), tile.clone(), product);
-                    let offset = start - y.cols().start;
-                    for (t, product) in tile.zip(product.chunks_exact(n)) {
-                        let out = &mut y.row(t)[offset..][..rows.len()];
-                        if add {
-                            out.iter_mut().zip(product).for_each(|(y, p)| *y += p);
-                        } else {
-                            out.copy_from_slice(&product[..rows.len()]);
+    ctx.team.run_tiles(
+        y,
+        width,
+        (tokens, cols),
+        |_| Vec::new(),
+        |product, mut y| {
+            let mut first = 0;
+            for matrix in matrices {
+                let start = y.cols().start.max(first);
+                let end = y.cols().end.min(first + matrix.rows);
+                if start < end {
+                    let rows = start - first..end - first;
+                    for t in (0..tokens).step_by(tile_tokens) {
+                        let tile = t..(t + tile_tokens).min(tokens);
+                        let n = x.product(ctx, matrix, rows.clone(), tile.clone(), product);
+                        let offset = start - y.cols().start;
+                        for (t, product) in tile.zip(product.chunks_exact(n)) {
+                            let out = &mut y.row(t)[offset..][..rows.len()];
+                            if add {
+                                out.iter_mut().zip(product).for_each(|(y, p)| *y += p);
+                            } else {
+                                out.copy_from_slice(&product[..rows.len()]);
+                            }
                         }
                     }
                 }
+                first += matrix.width();
             }
-            first += matrix.width();
-        }
-    });
+        },
+    );
 }
 
 /// y = silu(gate x) (up x), rows of both matrices together. y: [x.tokens(), gate.rows].

@@ -11,7 +11,13 @@ pub struct Mlp {
 
 impl Mlp {
     /// Adds the result for `x` to `residual`: [tokens, hidden]. `hidden` is work space.
-    pub fn forward(&self, ctx: Context<'_>, x: &mut Input, hidden: &mut Input, residual: &mut [f32]) {
+    pub fn forward(
+        &self,
+        ctx: Context<'_>,
+        x: &mut Input,
+        hidden: &mut Input,
+        residual: &mut [f32],
+    ) {
         x.prepare(ctx, &[&self.gate_proj, &self.up_proj]);
         hidden.reshape(x.tokens(), self.gate_proj.rows);
         project_swiglu(ctx, &self.gate_proj, &self.up_proj, x, &mut hidden.rows);

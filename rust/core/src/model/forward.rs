@@ -73,7 +73,12 @@ impl Model {
     }
 
     /// Binds the weights and starts the threads.
-    pub fn new(config: Config, quant: Quant, source: Arc<dyn Source>, options: Options) -> Result<Model> {
+    pub fn new(
+        config: Config,
+        quant: Quant,
+        source: Arc<dyn Source>,
+        options: Options,
+    ) -> Result<Model> {
         let native = config.max_position_embeddings;
         let context = options.context.unwrap_or(native);
         if context == 0 || context > native {
@@ -125,15 +130,18 @@ impl Model {
         let heads = full * config.num_key_value_heads * context.div_ceil(KV_CHUNK);
         let chunk = self.kv.bytes(KV_CHUNK, config.head_dim)
             + self.kv.bytes(KV_CHUNK, config.head_dim.next_multiple_of(16));
-        let recurrent = config.linear_num_value_heads * config.linear_key_head_dim
+        let recurrent = config.linear_num_value_heads
+            * config.linear_key_head_dim
             * config.linear_value_head_dim.next_multiple_of(16);
         let conv = (config.linear_conv_kernel_dim - 1) * config.conv_dim();
         let hidden = config.hidden_size;
-        let mixer = (config.conv_dim() + 2 * config.value_dim())
-            .max((3 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim);
+        let mixer = (config.conv_dim() + 2 * config.value_dim()).max(
+            (3 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim,
+        );
         // Residual, normed input and its codes; the mixer's projections and output; the MLP's
         // hidden rows and their codes; f32 with a byte of code.
-        let row = 4 * (2 * hidden + mixer + config.intermediate_size) + hidden + config.intermediate_size;
+        let row =
+            4 * (2 * hidden + mixer + config.intermediate_size) + hidden + config.intermediate_size;
         MemoryPlan {
             weights: self.weight_bytes(),
             kv: heads * chunk,
@@ -150,6 +158,7 @@ impl Model {
     /// Runs at most [`PIECE`] tokens and appends the wanted rows of logits, [rows, vocab].
     ///
     /// The ids are below the vocabulary's size and the state has room for them.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn forward(
         &self,
         tokens: &[i32],
@@ -202,7 +211,12 @@ impl Model {
             Rows::None if trace.is_some() => 0,
             Rows::None => return,
         };
-        head.set_normed(ctx, &scratch.x[first * hidden..], &self.weights.norm, self.config.rms_norm_eps);
+        head.set_normed(
+            ctx,
+            &scratch.x[first * hidden..],
+            &self.weights.norm,
+            self.config.rms_norm_eps,
+        );
         if let Some(trace) = trace {
             let rows = head.rows.chunks_exact(hidden).enumerate();
             trace.part("final_norm", hidden, 0, rows.map(|(i, row)| (first + i, row)));

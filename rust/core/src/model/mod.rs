@@ -1,10 +1,10 @@
 //! A model: its config, its tensors, and the forward pass over them.
 
+pub mod checkpoint;
 pub mod config;
 pub mod forward;
 pub mod synthetic;
 pub mod tensors;
 pub mod weights;
-pub mod checkpoint;
 
 pub use forward::Model;

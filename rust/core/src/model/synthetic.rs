@@ -45,7 +45,8 @@ fn random_tensor(spec: &TensorSpec, quant: Quant, seed: u64) -> Result<Tensor> {
         Role::Small => 0.5,
         _ => (3.0 / cols as f32).sqrt(),
     };
-    let bytes = if format.is_packed() { format.bytes(rows, cols) } else { format.bytes(1, elements) };
+    let bytes =
+        if format.is_packed() { format.bytes(rows, cols) } else { format.bytes(1, elements) };
     let mut buffer = AlignedBuf::new(bytes);
     buffer.par_chunks_mut(PART_BYTES).enumerate().for_each(|(part, bytes)| {
         Random::new(seed.wrapping_add(part as u64)).fill_matrix(format, scale, bytes);

@@ -50,7 +50,8 @@ impl Weights {
         } else {
             binder.matrix("lm_head", vocab, hidden)?
         };
-        let blocks = (0..config.num_hidden_layers).map(|i| binder.block(i)).collect::<Result<_>>()?;
+        let blocks =
+            (0..config.num_hidden_layers).map(|i| binder.block(i)).collect::<Result<_>>()?;
         Ok(Weights { embed_tokens, blocks, norm: binder.zero_centred("norm.weight")?, lm_head })
     }
 
@@ -60,9 +61,9 @@ impl Weights {
             .iter()
             .flat_map(|block| {
                 let mut matrices = match &block.mixer {
-                    Mixer::Linear(m) => vec![
-                        &m.in_proj_qkv, &m.in_proj_z, &m.in_proj_b, &m.in_proj_a, &m.out_proj,
-                    ],
+                    Mixer::Linear(m) => {
+                        vec![&m.in_proj_qkv, &m.in_proj_z, &m.in_proj_b, &m.in_proj_a, &m.out_proj]
+                    }
                     Mixer::Full(m) => vec![&m.q_proj, &m.k_proj, &m.v_proj, &m.o_proj],
                 };
                 matrices.extend([&block.mlp.gate_proj, &block.mlp.up_proj, &block.mlp.down_proj]);
@@ -79,9 +80,7 @@ struct Binder<'a> {
 
 impl Binder<'_> {
     fn find(&self, name: &str) -> Result<Tensor> {
-        self.source
-            .tensor(name)
-            .ok_or_else(|| Error::File(format!("tensor `{name}` is missing")))
+        self.source.tensor(name).ok_or_else(|| Error::File(format!("tensor `{name}` is missing")))
     }
 
     /// The matrix `name`, in whatever format the source has it.
@@ -93,7 +92,10 @@ impl Binder<'_> {
         }
         let tensor = self.find(&format!("{name}.weight"))?;
         let format = tensor.dtype.format().ok_or_else(|| {
-            Error::File(format!("tensor `{name}.weight`: dtype {}, expected a float", tensor.dtype.name()))
+            Error::File(format!(
+                "tensor `{name}.weight`: dtype {}, expected a float",
+                tensor.dtype.name()
+            ))
         })?;
         Ok(Matrix { format, rows, cols, bytes: tensor.bytes })
     }
@@ -112,7 +114,8 @@ impl Binder<'_> {
     fn block(&self, i: usize) -> Result<Block> {
         let config = self.config;
         let (hidden, ff) = (config.hidden_size, config.intermediate_size);
-        let mlp = |name: &str, rows, cols| self.matrix(&format!("layers.{i}.mlp.{name}"), rows, cols);
+        let mlp =
+            |name: &str, rows, cols| self.matrix(&format!("layers.{i}.mlp.{name}"), rows, cols);
         Ok(Block {
             input_layernorm: self.zero_centred(&format!("layers.{i}.input_layernorm.weight"))?,
             mixer: match config.layer_types[i] {

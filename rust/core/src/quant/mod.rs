@@ -42,9 +42,7 @@ impl FromStr for Quant {
             "none" => Ok(Quant::None),
             "w8" => Ok(Quant::W8),
             "w4" => Ok(Quant::W4),
-            _ => Err(Error::Argument(format!(
-                "quant is `{name}`, expected one of: none, w8, w4"
-            ))),
+            _ => Err(Error::Argument(format!("quant is `{name}`, expected one of: none, w8, w4"))),
         }
     }
 }
@@ -153,8 +151,12 @@ pub fn encode_panel_on(cpu: Cpu, format: Format, rows: &[f32], cols: usize, out:
     assert_eq!(out.len(), panel_bytes(format, cols));
     assert!(cols > 0 && rows.len().is_multiple_of(cols) && rows.len() / cols <= PANEL_ROWS);
     match format {
-        Format::W4 => cpu.run(EncodePanel::<w4::W4> { rows, cols, out, format: Default::default() }),
-        Format::W8 => cpu.run(EncodePanel::<w8::W8> { rows, cols, out, format: Default::default() }),
+        Format::W4 => {
+            cpu.run(EncodePanel::<w4::W4> { rows, cols, out, format: Default::default() })
+        }
+        Format::W8 => {
+            cpu.run(EncodePanel::<w8::W8> { rows, cols, out, format: Default::default() })
+        }
         _ => unreachable!("panel_bytes accepts packed formats only"),
     }
 }

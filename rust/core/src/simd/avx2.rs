@@ -118,9 +118,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     #[inline(always)]
     fn load_f32(self, x: &[u8; 4 * LANES]) -> Self::F {
         // SAFETY: `x` is 64 readable bytes; the loads need no alignment.
-        unsafe {
-            [_mm256_loadu_ps(x.as_ptr().cast()), _mm256_loadu_ps(x.as_ptr().add(32).cast())]
-        }
+        unsafe { [_mm256_loadu_ps(x.as_ptr().cast()), _mm256_loadu_ps(x.as_ptr().add(32).cast())] }
     }
     #[inline(always)]
     fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {

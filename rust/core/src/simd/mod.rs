@@ -9,11 +9,11 @@
 //! one function that has the instruction set enabled. Everything in between is
 //! `#[inline(always)]`: a function that is not inlined is compiled without the instruction set.
 
-mod portable;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod portable;
 
 pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
