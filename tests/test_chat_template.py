@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+
 import qdelta
 import real_tokenizer
 from golden_data import TEXT
@@ -193,20 +194,32 @@ def test_parts_never_make_a_token_together(tokenizer):
 
 def test_borders_merge_as_in_one_text(tokenizer):
     """White space and letters beside the template's own text, suspicious text added or not."""
-    edges = ["\nx", "x\n", "\n\nx\r\n", " x ", "\tx", "'s", "s", "1", "\u0301", "=", ">\n", "ok.\n\n"]
+    edges = [
+        "\nx",
+        "x\n",
+        "\n\nx\r\n",
+        " x ",
+        "\tx",
+        "'s",
+        "s",
+        "1",
+        "\u0301",
+        "=",
+        ">\n",
+        "ok.\n\n",
+    ]
     rng = random.Random(3)
     for edge in edges:
         for kind in ("tool", "argument", "reasoning"):
             text = edge + rng.choice(["", " and " + edge])
+            value = text if kind == "argument" else "1"
             messages = [
                 {"role": "user", "content": "q"},
                 {
                     "role": "assistant",
                     "content": "c",
                     "reasoning_content": text if kind == "reasoning" else "r",
-                    "tool_calls": [
-                        {"function": {"name": "f", "arguments": {"a": text if kind == "argument" else "1"}}}
-                    ],
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"a": value}}}],
                 },
                 {"role": "tool", "content": text if kind == "tool" else "t"},
             ]  # fmt: skip
@@ -219,7 +232,22 @@ def test_borders_merge_as_in_one_text(tokenizer):
 def test_random_conversations(tokenizer):
     """Random scraps of tokens in random places: the template's tokens and no others."""
     rng = random.Random(11)
-    scraps = [*SPECIALS, "<|", "|>", "<", ">", "\n", " ", "a", "im_end", "think", "/", "</", "{", '"']
+    scraps = [
+        *SPECIALS,
+        "<|",
+        "|>",
+        "<",
+        ">",
+        "\n",
+        " ",
+        "a",
+        "im_end",
+        "think",
+        "/",
+        "</",
+        "{",
+        '"',
+    ]
 
     def text() -> str:
         return "".join(rng.choice(scraps) for _ in range(rng.randrange(6)))
@@ -320,7 +348,10 @@ def test_template_forms():
     files = vocabulary.read_folder(TEXT / "tiny-f32")
     config = json.loads(files["tokenizer_config.json"])
     del files["chat_template.jinja"]
-    for template in ("T", [{"name": "tool_use", "template": "U"}, {"name": "default", "template": "T"}]):
+    for template in (
+        "T",
+        [{"name": "tool_use", "template": "U"}, {"name": "default", "template": "T"}],
+    ):
         config["chat_template"] = template
         files["tokenizer_config.json"] = json.dumps(config).encode()
         tokenizer = qdelta.Tokenizer.from_files(files)
@@ -387,7 +418,11 @@ def test_first_system_message_stays_as_it_is():
 def test_results_go_back_as_messages(tokenizer):
     answer = qdelta.Message("a", "r", [1], "stop")
     messages = [{"role": "user", "content": "q"}, answer, {"role": "user", "content": "p"}]
-    plain = [messages[0], {"role": "assistant", "content": "a", "reasoning_content": "r"}, messages[2]]
+    plain = [
+        messages[0],
+        {"role": "assistant", "content": "a", "reasoning_content": "r"},
+        messages[2],
+    ]
     assert tokenizer.render_ids(messages) == tokenizer.render_ids(plain)
     assert tokenizer.render(messages) == tokenizer.render(plain)
 
@@ -398,7 +433,10 @@ def test_arguments_as_json_text():
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
         return chat.level_messages([message])[0]["tool_calls"][0]["function"].get("arguments")
 
-    assert level('{"a": 12345678901234567890, "b": [1.5]}') == {"a": 12345678901234567890, "b": [1.5]}
+    assert level('{"a": 12345678901234567890, "b": [1.5]}') == {
+        "a": 12345678901234567890,
+        "b": [1.5],
+    }
     assert level("") == level(" ") == {}
     assert level(None) is level("null") is None
     for bad in ("[1]", "{", "1", 5, "[" * 100_000):
@@ -424,8 +462,8 @@ USER = {"role": "user", "content": "x"}
         ([{"role": "user", "content": {"text": "x"}}], "messages[0].content: text or a list"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "messages[0].content[0]: not a text"),
         ([{"role": "user", "content": ["x"]}], "messages[0].content[0]: not a text"),
-        ([{"role": "user", "content": [{"text": 5}]}], "messages[0].content[0].text: text expected"),
-        ([{"role": "system", "content": [{"image": "a"}]}, USER], "messages[0].content[0]: a system"),
+        ([{"role": "user", "content": [{"text": 5}]}], "messages[0].content[0].text: text"),
+        ([{"role": "system", "content": [{"image": "a"}]}], "messages[0].content[0]: a system"),
         ([USER, {"role": "assistant", "tool_calls": 5}], "messages[1].tool_calls: a list of calls"),
         ([USER, {"role": "assistant", "tool_calls": [5]}], "messages[1].tool_calls[0]: a mapping"),
         ([USER, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls[0].name: text"),

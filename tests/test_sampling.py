@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import qdelta
 from qdelta import profiles
 from qdelta.sampling import Sampler, Sampling, nucleus, top_k

@@ -8,6 +8,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+
 import qdelta
 import real_tokenizer
 from golden_data import TEXT
@@ -99,7 +100,14 @@ def test_stream_equals_decode(tokenizer, skip_special):
 def test_round_trip_is_nfc(tokenizer):
     """decode(encode(x)) is x in NFC, for any x without special tokens in it."""
     rng = random.Random(1)
-    ranges = [(32, 127), (0, 32), (0xA0, 0x600), (0x600, 0x1000), (0x1E00, 0x3100), (0x4E00, 0xA000)]
+    ranges = [
+        (32, 127),
+        (0, 32),
+        (0xA0, 0x600),
+        (0x600, 0x1000),
+        (0x1E00, 0x3100),
+        (0x4E00, 0xA000),
+    ]
     ranges += [(0xAC00, 0xD7A4), (0x300, 0x370), (0x1F300, 0x1FA00), (0x10000, 0x10FFFF)]
     for _ in range(500):
         low, high = rng.choice(ranges)
@@ -222,6 +230,25 @@ def test_added_tokens_with_one_text(tiny):
         qdelta.Tokenizer.from_files(changed(tiny, "tokenizer_config.json", change))
 
 
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        ("x", "<|x|>"),
+        ("-1", "<|x|>"),
+        ("9" * 20, "<|x|>"),
+        ("500", ""),
+        ("500", 5),
+        ("500", "\ud800"),
+    ],
+)
+def test_malformed_added_tokens(tiny, key, content):
+    def change(config):
+        config["added_tokens_decoder"][key] = {"content": content}
+
+    with pytest.raises(qdelta.FileError, match="malformed"):
+        qdelta.Tokenizer.from_files(changed(tiny, "tokenizer_config.json", change))
+
+
 def test_added_tokens_may_leave_gaps(tiny):
     def change(config):
         config["added_tokens_decoder"]["500"] = {"content": "<|far|>", "special": True}
@@ -232,18 +259,46 @@ def test_added_tokens_may_leave_gaps(tiny):
     assert tokenizer.decode([490, 500], skip_special=False) == "<|far|>"
 
 
+def split_at(file: dict, pattern: str) -> None:
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
         (lambda t: t["model"].update(type="WordPiece", unk_token="?"), qdelta.Error),
         (lambda t: t["model"]["merges"].append(["zz", "qq"]), qdelta.FileError),
-        (lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(["), qdelta.FileError),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"].append({"type": "?"}), qdelta.FileError),
+        (lambda t: split_at(t, "(["), qdelta.FileError),
         (lambda t: t["added_tokens"][0].update(lstrip=True), qdelta.UnsupportedError),
     ],
 )  # fmt: skip
 def test_other_kinds_of_tokenizer(tiny, change, error):
     with pytest.raises(error, match=r"tokenizer\.json"):
         qdelta.Tokenizer.from_files(changed(tiny, "tokenizer.json", change))
+
+
+def test_damaged_bytes(tiny):
+    """One changed byte: a tokenizer or an exception of ours, nothing else."""
+    rng = random.Random(0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        for _ in range(400):
+            content = bytearray(tiny[name])
+            content[rng.randrange(len(content))] = rng.randrange(256)
+            try:
+                tokenizer = qdelta.Tokenizer.from_files({**tiny, name: bytes(content)})
+                tokenizer.decode(tokenizer.encode("Hello <|im_end|> wörld 12 \n"))
+            except qdelta.Error:
+                continue
+
+
+def test_pattern_that_the_library_gives_up_on(tiny, capfd):
+    files = changed(tiny, "tokenizer.json", lambda t: split_at(t, "(a+)+[bc]"))
+    tokenizer = qdelta.Tokenizer.from_files(files)
+    for size in (100, 10_000):
+        with pytest.raises(qdelta.FileError, match=r"tokenizer\.json"):
+            tokenizer.encode("a" * size)
+    capfd.readouterr()  # the library writes about it
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """qdelta: the Qwen3.5 small language models on laptop CPUs.
 
+In short:
+
     import qdelta
 
     model = qdelta.load("Qwen/Qwen3.5-4B")
@@ -24,7 +26,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from ._native import instruction_sets
-    from .llm import Model, load
+    from .llm import Model
+    from .loading import load
     from .results import Completion, Event, Message, Perplexity, Score, Timings, Usage
     from .sampling import Sampling
     from .session import Session
@@ -48,7 +51,7 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "Usage": "results",
     "instruction_sets": "_native",
-    "load": "llm",
+    "load": "loading",
 }
 
 __all__ = [

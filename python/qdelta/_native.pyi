@@ -23,7 +23,7 @@ class Checkpoint:
 
     @property
     def quant(self) -> str:
-        """"none" for the file's own precision, "w8" or "w4" for a converted file."""
+        """Format of the weights: "none" is the file's own precision; else "w8" or "w4"."""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -53,6 +53,9 @@ def convert(
     attachments: (name, path) of files to carry along. progress is called with (bytes done,
     bytes in all). The file appears under its name only when complete; Ctrl-C leaves nothing.
     """
+
+def verify(path: str) -> None:
+    """Recompute the hash of a converted file. Raises FileError if it is not the recorded one."""
 
 class Model:
     """Weights and their arithmetic; immutable, to be shared by any number of threads."""
@@ -91,7 +94,7 @@ class Model:
 
     @property
     def quant(self) -> str:
-        """"none", "w8" or "w4"."""
+        """Format of the weights, "none", "w8" or "w4"."""
 
     @property
     def context(self) -> int:
@@ -170,3 +173,14 @@ class Snapshot:
 
 def instruction_sets() -> list[str]:
     """Instruction sets that this machine can run, best first."""
+
+class kernels:  # a module
+    """Kernels on their own, for measurements; seconds for `repeats` runs."""
+
+    @staticmethod
+    def matmul(isa: str, format: str, rows: int, cols: int, tokens: int, repeats: int) -> float:
+        """A random [rows, cols] matrix times `tokens` rows. format: bf16, f16, f32, w8 or w4."""
+
+    @staticmethod
+    def delta_rule(isa: str, heads: int, tokens: int, repeats: int) -> float:
+        """Steps of `tokens` tokens on `heads` states of 128 x 128."""

@@ -178,8 +178,8 @@ def format_rows(rows: Sequence[Row], form: str) -> str:
         return out.getvalue().rstrip("\n")
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("model", lambda row: row.model_type),
-        ("size", lambda row: f"{row.model_size / 2**30:.2f} GiB"),
-        ("params", lambda row: f"{row.model_n_params / 1e9:.2f} B"),
+        ("size", lambda row: _scaled(row.model_size, 2**30, "GiB", 2**20, "MiB")),
+        ("params", lambda row: _scaled(row.model_n_params, 10**9, "B", 10**6, "M")),
         ("isa", lambda row: row.isa),
         ("threads", lambda row: str(row.n_threads)),
         ("kv", lambda row: row.type_k),
@@ -192,6 +192,13 @@ def format_rows(rows: Sequence[Row], form: str) -> str:
     lines.append("|" + "|".join(" --- " for _ in columns) + "|")
     lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _scaled(value: int, large: int, unit: str, small: int, small_unit: str) -> str:
+    """As llama-bench writes it, in the smaller unit below one tenth of the larger."""
+    if value >= large / 10:
+        return f"{value / large:.2f} {unit}"
+    return f"{value / small:.2f} {small_unit}"
 
 
 def _cell(value: Any) -> Any:

@@ -29,15 +29,11 @@ def level_messages(messages: Any, *, system: SystemPolicy = "merge") -> list[dic
     if system not in ("merge", "strict"):
         raise ArgumentError(f'system: "merge" or "strict" expected, got {system!r}')
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ArgumentError(
-            f"messages: a list of messages expected, got {type(messages).__name__}"
-        )
+        raise ArgumentError(f"messages: a list of messages expected, got {type(messages).__name__}")
     if not messages:
         raise ArgumentError("messages: empty; at least one message is needed")
     level = [_level(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    late = [
-        index for index, message in enumerate(level) if index and message["role"] == "system"
-    ]
+    late = [index for index, message in enumerate(level) if index and message["role"] == "system"]
     if not late:
         return level
     if system == "strict":
@@ -65,9 +61,7 @@ def check_tools(tools: Any) -> Sequence[Mapping[str, Any]] | None:
         raise ArgumentError(f"tools: a list of mappings expected, got {type(tools).__name__}")
     for index, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise ArgumentError(
-                f"tools[{index}]: a mapping expected, got {type(tool).__name__}"
-            )
+            raise ArgumentError(f"tools[{index}]: a mapping expected, got {type(tool).__name__}")
     return tools
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import progress as bars
-from .errors import ArgumentError, Error, FileAccessError
+from .errors import ArgumentError, FileAccessError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 TOKENIZER_FILES = (
     "config.json",
@@ -26,6 +30,7 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_NO_MODEL = "{!r}: no such file or folder, and no name on the hub (as Qwen/Qwen3.5-0.8B)"
 
 
 def resolve(
@@ -45,18 +50,17 @@ def resolve(
     Raises ArgumentError for what can be no name, FileAccessError if the model cannot be had.
     """
     if not _NAME.fullmatch(name):
-        raise ArgumentError(
-            f"{name!r}: no such file or folder, and no name on the hub (as Qwen/Qwen3.5-0.8B)"
-        )
+        raise ArgumentError(_NO_MODEL.format(name))
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
@@ -69,32 +73,46 @@ def resolve(
     try:
         patterns = [*TOKENIZER_FILES, *(() if tokenizer_only else WEIGHT_FILES)]
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
-    except GatedRepoError as error:
-        raise _failed(name, "access must be granted on its page first, then set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise _failed(name, "the hub has no such model, or it is private and HF_TOKEN is not set") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if offline:
-            raise _failed(
-                name, "it is not in the hub's cache, and offline work was asked for; fetch it once online"
-            ) from error
-        raise _failed(name, "the hub cannot be reached, and its cache here does not have it") from error
-    except HfHubHTTPError as error:
-        raise _failed(name, str(error)) from error
-    except OSError as error:
-        raise _failed(name, error.strerror or str(error)) from error
-    except Error:
-        raise
+    except HFValidationError as error:
+        raise ArgumentError(f"{_NO_MODEL.format(name)}: {error}") from error
     except Exception as error:
         # The client's HTTP library has exceptions of its own, which change between versions.
-        raise _failed(name, f"{type(error).__name__}: {error}") from error
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            if offline:
+                why = "not whole in the hub's cache, and no network is to be used; fetch it online"
+            elif isinstance(cause := error.__cause__, HfHubHTTPError):
+                why = _answer(cause)
+            else:
+                why = (
+                    f"the hub at {constants.ENDPOINT} cannot be reached, and its cache here lacks "
+                    "the model; check the network, or give the path of a folder"
+                )
+        elif isinstance(error, GatedRepoError):
+            why = "access must be granted on its page first, then set HF_TOKEN"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = "no such folder, and the hub has no such model, or HF_TOKEN must allow it"
+        elif isinstance(error, HfHubHTTPError):
+            why = _answer(error)
+        elif isinstance(error, OSError) and error.strerror:
+            why = f"{error.filename or 'the hub cache'}: {error.strerror}"
+        else:
+            why = f"{type(error).__name__}: {error}"
+        raise FileAccessError(f"{name}: {why}") from error
     finally:
         if not were_disabled:
             enable_progress_bars()
     if not (folder / "config.json").exists():
-        raise _failed(name, "it has no config.json" if not offline else "its config.json is not in the cache")
+        why = "it has no config.json, so it is no checkpoint in Hugging Face form"
+        if offline:
+            why = "its config.json is not in the hub's cache; fetch it online"
+        raise FileAccessError(f"{name}: {why}")
     return folder
 
 
-def _failed(name: str, why: str) -> FileAccessError:
-    return FileAccessError(f"{name}: {why}")
+def _answer(error: HfHubHTTPError) -> str:
+    """What the hub said, on one line."""
+    status = error.response.status_code
+    said = getattr(error, "server_message", None) or str(error).split("(Request ID")[0]
+    if status in (401, 403):
+        return f"the hub refuses access ({status}); set HF_TOKEN to a token that allows it"
+    return f"the hub answered {status}: {' '.join(said.split())}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,8 +17,7 @@ from .results import Completion, Message, Perplexity, Score, Timings
 from .sampling import Sampler, Sampling
 from .session import Session, token_array
 from .stream import AsyncStream, Control, Request, Stream
-from .tokenizer import Tokenizer, locate, read_attachments
-from .vocabulary import parse_json, read_folder
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,89 +27,6 @@ if TYPE_CHECKING:
     Prompt = str | Sequence[int] | Messages
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-
-_LOAD_SYNONYMS = {
-    "context": "ctx",
-    "n_ctx": "ctx",
-    "context_length": "ctx",
-    "max_model_len": "ctx",
-    "n_threads": "threads",
-    "kv_cache": "kv",
-    "cache_dir": "cache",
-    "local_files_only": "offline",
-    "quantization": "quant",
-}
-_LOAD_NAMES = frozenset(
-    {"quant", "ctx", "threads", "kv", "isa", "cache", "offline", "progress"}
-)
-
-
-def load(
-    model: str | Path,
-    *,
-    quant: str = "auto",
-    ctx: int | None = None,
-    threads: int | None = None,
-    kv: str = "auto",
-    isa: str | None = None,
-    cache: str | Path | None = None,
-    offline: bool = False,
-    progress: bool | None = None,
-    **synonyms: Any,
-) -> Model:
-    """Load a model.
-
-    model: a name on the hub, a checkpoint folder, a converted file, or "demo", the toy that
-    travels with the package.
-    quant: "none" computes with the file's own weights; "w8" and "w4" convert it once and keep
-    the result; "auto" is w4, or what a converted file already is.
-    ctx: tokens that a session can hold; None: as many as the model was made for. Memory is
-    taken as it fills.
-    threads: None: chosen for this machine. kv: element type of the KV cache, "auto", "f16" or
-    "f32". isa: an instruction set of `qdelta.instruction_sets()`; None: the best.
-    cache: folder for converted files. offline: touch no network.
-    progress: show progress bars; None: if the output is a terminal.
-
-    Raises FileError, FileAccessError, UnsupportedError or ArgumentError.
-    """
-    given: dict[str, Any] = {
-        "quant": quant, "ctx": ctx, "threads": threads, "kv": kv, "isa": isa, "cache": cache,
-        "offline": offline, "progress": progress,
-    }  # fmt: skip
-    defaults = {"quant": "auto", "kv": "auto", "offline": False}
-    for name, value in options.canonical("load", synonyms, _LOAD_NAMES, _LOAD_SYNONYMS).items():
-        if given[name] != defaults.get(name):
-            raise TypeError(f"load() got {name!r} twice, once under another name")
-        given[name] = value
-    return _load(model, **given)
-
-
-def _load(
-    model: str | Path,
-    *,
-    quant: str,
-    ctx: int | None,
-    threads: int | None,
-    kv: str,
-    isa: str | None,
-    cache: str | Path | None,
-    offline: bool,
-    progress: bool | None,
-) -> Model:
-    from . import weights
-
-    started = time.perf_counter()
-    path = locate(model, offline=offline, cache=cache, progress=progress)
-    checkpoint = weights.open_model(path, quant, cache, progress)
-    files = read_folder(path) if path.is_dir() else read_attachments(checkpoint, path)
-    native = _native.Model(checkpoint, context=ctx, threads=threads, kv=kv, isa=isa)
-    return Model(
-        native,
-        Tokenizer.from_files(files),
-        config=json.loads(checkpoint.config_json),
-        generation_config=parse_json(files, "generation_config.json"),
-        load_s=time.perf_counter() - started,
-    )
 
 
 class Model:
@@ -198,9 +112,7 @@ class Model:
         run = self._start_text("generate", prompt, settings)
         return cast(Completion, _finish(run))
 
-    def chat(
-        self, messages: str | Messages, **settings: Unpack[options.ChatOptions]
-    ) -> Message:
+    def chat(self, messages: str | Messages, **settings: Unpack[options.ChatOptions]) -> Message:
         """Answer a conversation.
 
         messages: mappings with `role` and `content` (and `tool_calls`, `reasoning_content`), or
@@ -252,9 +164,7 @@ class Model:
         pieces = self.tokenizer.render_pieces(level, check_tools(wanted.tools), **variables)
         rendered = time.perf_counter()
         ids = token_array(self.tokenizer.encode_pieces(pieces))
-        timings = Timings(
-            template_s=rendered - started, tokenize_s=time.perf_counter() - rendered
-        )
+        timings = Timings(template_s=rendered - started, tokenize_s=time.perf_counter() - rendered)
         opened = opens_reasoning("".join(pieces[-3:]))
         sampling = self._sampling(wanted, opened)
         return self._run(ids, wanted, sampling, ReasoningSplitter(opened), timings, started)
@@ -285,7 +195,7 @@ class Model:
             context=self.context,
             splitter=splitter,
             timings=timings,
-            started=started,
+            setup_s=time.perf_counter() - started,
             control=control,
         )
         return Stream(stream.generate(self.native.session(), request), control)

@@ -41,11 +41,22 @@ SYNONYMS = {
 
 SAMPLING_NAMES = frozenset(item.name for item in fields(Sampling))
 COMMON_NAMES = SAMPLING_NAMES | {
-    "max_tokens", "stop", "timeout", "preset", "sampling", "processors", "ignore_eos",
+    "max_tokens",
+    "stop",
+    "timeout",
+    "preset",
+    "sampling",
+    "processors",
+    "ignore_eos",
 }
 TEXT_NAMES = COMMON_NAMES | {"special"}
 CHAT_NAMES = COMMON_NAMES | {
-    "think", "tools", "system", "template_options", "reasoning_effort", "stop_in_reasoning",
+    "think",
+    "tools",
+    "system",
+    "template_options",
+    "reasoning_effort",
+    "stop_in_reasoning",
 }
 
 
@@ -176,7 +187,10 @@ def canonical(
 
 def _thinking(values: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:
     """The thinking switch from its three spellings, and the other template options."""
-    template_options = dict(values.get("template_options") or {})
+    given = values.get("template_options") or {}
+    if not isinstance(given, Mapping):
+        raise ArgumentError(f"template_options: a mapping expected, got {type(given).__name__}")
+    template_options = dict(given)
     effort = values.get("reasoning_effort")
     spelled = {
         "think": values.get("think"),
@@ -212,6 +226,8 @@ def _timeout(value: Any) -> float | None:
 def _stops(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
+    if not isinstance(value, Sequence):
+        raise ArgumentError(f"stop: a text or a list of texts expected, got {value!r}")
     stops = (value,) if isinstance(value, str) else tuple(value)
     for stop in stops:
         if not isinstance(stop, str) or not stop:
@@ -222,7 +238,7 @@ def _stops(value: Any) -> tuple[str, ...]:
 def _processors(value: Any) -> tuple[Processor, ...]:
     if value is None:
         return ()
-    processors = (value,) if callable(value) else tuple(value)
+    processors = tuple(value) if isinstance(value, Sequence) else (value,)
     for processor in processors:
         if not callable(processor):
             raise ArgumentError(f"processors: callables expected, got {processor!r}")

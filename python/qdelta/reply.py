@@ -104,9 +104,7 @@ class StopStrings:
             return text
         text = self._held + text
         matches = [
-            (start + len(stop), start)
-            for stop in self._stops
-            if (start := text.find(stop)) >= 0
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
         ]
         if matches:
             self.found = True

@@ -137,7 +137,7 @@ class Score:
 
 @dataclass(slots=True)
 class Perplexity:
-    """exp of the mean negative log-probability over windows of a text; float() gives `perplexity`."""
+    """exp of the mean negative log-probability of a text; `float()` gives `perplexity`."""
 
     perplexity: float
     second_half: float  # the same over the second half of each window only

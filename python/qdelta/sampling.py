@@ -198,17 +198,13 @@ class Sampler:
         if 0 < k <= _MAX_LISTED:
             ids = top_k(row, k)
             return self._choose_listed(ids.tolist(), row[ids].tolist())
-        ids = top_k(row, k) if 0 < k < len(row) else None
-        kept = row if ids is None else row[ids]
+        ids = top_k(row, k) if k > 0 else np.arange(len(row))
         scale = np.float32(1.0 / sampling.temperature)
         if sampling.top_p < 1.0 or sampling.min_p > 0.0:
             filtered_at = scale if sampling.order == "temperature_first" else np.float32(1.0)
-            places = nucleus(kept * filtered_at, sampling.top_p, sampling.min_p)
-            kept = kept[places]
-            ids = places if ids is None else ids[places]
-        sums = np.exp((kept - np.float32(best)) * scale).cumsum(dtype=np.float64)
-        place = int(sums.searchsorted(self._random.random() * sums[-1], side="right"))
-        return place if ids is None else int(ids[place])
+            ids = ids[nucleus(row[ids] * filtered_at, sampling.top_p, sampling.min_p)]
+        sums = np.exp((row[ids] - np.float32(best)) * scale).cumsum(dtype=np.float64)
+        return int(ids[sums.searchsorted(self._random.random() * sums[-1], side="right")])
 
     def _note(self, token: int) -> None:
         if self._n_tokens == len(self._tokens):
@@ -309,8 +305,10 @@ def _check_bias(bias: Any) -> dict[int, float]:
             key = int(key)
         if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < 2**31:
             raise ArgumentError(f"logit_bias: token ids expected as keys, got {key!r}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (
-            math.isnan(value) or value == math.inf
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or (math.isnan(value) or value == math.inf)
         ):
             raise ArgumentError(f"logit_bias: a number below infinity expected, got {value!r}")
         checked[int(key)] = float(value)

@@ -69,7 +69,8 @@ def parameters(config: dict[str, Any]) -> int:
     every = 2 * d + 3 * d * text["intermediate_size"]
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     head_and_embedding = vocab * d * (1 if tied else 2)
-    return head_and_embedding + d + layers * every + n_full * full + (layers - n_full) * linear
+    total = head_and_embedding + d + layers * every + n_full * full + (layers - n_full) * linear
+    return int(total)
 
 
 def name_of(config: dict[str, Any]) -> str:

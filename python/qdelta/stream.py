@@ -55,7 +55,7 @@ class Request:
     context: int  # tokens that the session can hold
     splitter: ReasoningSplitter | None  # None: a text is continued, all of it is answer
     timings: Timings
-    started: float  # perf_counter at the start of the call
+    setup_s: float  # from the start of the call until now
     control: Control = field(default_factory=lambda: Control(None))
 
 
@@ -90,7 +90,7 @@ class _Run:
         if limit == 0:
             return
         clock = time.perf_counter
-        begun = clock()
+        started = begun = clock()
         whole = feed_prompt(session, request.prompt, go_on=lambda: not request.control.ended())
         timings.prefill_s = clock() - begun
         timings.prefill_tokens = session.n_tokens
@@ -104,7 +104,7 @@ class _Run:
             chosen = clock()
             timings.sample_s += chosen - begun
             if not self.tokens:
-                timings.first_token_s = chosen - request.started
+                timings.first_token_s = request.setup_s + chosen - started
             yield from self.accept(token)
             if self.is_last(token, limit):
                 break

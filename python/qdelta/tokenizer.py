@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import vocabulary
 from .chat import SystemPolicy, check_tools, level_messages, strings_in
-from .errors import ArgumentError, FileError, UnsupportedError
+from .errors import ArgumentError, UnsupportedError
 from .results import Message
+from .source import locate, tokenizer_files
 from .template import COMMON_OPTIONS, ChatTemplate
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Tokenizer:
         cache: str | Path | None = None,
         progress: bool | None = None,
     ) -> None:
-        self._set_up(_read_source(source, offline=offline, cache=cache, progress=progress))
+        path = locate(source, offline=offline, cache=cache, progress=progress, weights=False)
+        self._set_up(tokenizer_files(path))
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:
@@ -60,7 +62,6 @@ class Tokenizer:
     def _set_up(self, files: Mapping[str, bytes]) -> None:
         known = vocabulary.build(files)
         self._bpe = known.bpe
-        self._added = {token.id: token for token in known.added.values()}
         self._ids_of_added = {token.text: token.id for token in known.added.values()}
         texts = sorted(self._ids_of_added, key=len, reverse=True)  # longest first
         # A group, so that re.split keeps the separators: text, token, text, ..., text.
@@ -136,9 +137,7 @@ class Tokenizer:
 
     # Conversations
 
-    def render(
-        self, messages: Any, tools: Any = None, **options: Any
-    ) -> str:
+    def render(self, messages: Any, tools: Any = None, **options: Any) -> str:
         """The prompt text, exactly as the checkpoint's template writes it.
 
         options: variables of the template (`add_generation_prompt`, `enable_thinking`, ...); one
@@ -219,8 +218,6 @@ class Tokenizer:
     def _encode_ordinary(self, text: str) -> list[int]:
         if not text.isascii():
             _refuse_surrogates(text)
-        if len(text) < _LONG_TEXT:
-            return self._bpe.encode(text, add_special_tokens=False).ids
         if len(text) > _MAX_WHITE_SPACE:
             longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)
             if longest > _MAX_WHITE_SPACE:
@@ -228,6 +225,11 @@ class Tokenizer:
                     f"text: a run of {longest} white space characters; "
                     f"at most {_MAX_WHITE_SPACE} are supported"
                 )
+        return vocabulary.library_call("tokenizer.json", lambda: self._library_ids(text))
+
+    def _library_ids(self, text: str) -> list[int]:
+        if len(text) < _LONG_TEXT:
+            return self._bpe.encode(text, add_special_tokens=False).ids
         return self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
@@ -289,45 +291,3 @@ def _refuse_surrogates(text: str) -> None:
             f"text: lone surrogate U+{ord(text[error.start]):04X} at position {error.start}; "
             "text must be valid Unicode"
         ) from error
-
-
-def _read_source(
-    source: str | Path, *, offline: bool, cache: str | Path | None, progress: bool | None
-) -> Mapping[str, bytes]:
-    """Contents of the tokenizer files of a checkpoint, wherever it is."""
-    path = locate(source, offline=offline, cache=cache, progress=progress)
-    if path.is_dir():
-        return vocabulary.read_folder(path)
-    if path.suffix == ".gguf":
-        raise UnsupportedError(f"{path}: GGUF files are not supported")
-    from . import _native
-
-    return read_attachments(_native.Checkpoint(str(path)), path)
-
-
-def read_attachments(checkpoint: Any, path: Path) -> dict[str, bytes]:
-    """Tokenizer files that a converted file carries. Raises FileError if there are none."""
-    found = {name: checkpoint.attachment(name) for name in vocabulary.TOKENIZER_FILES}
-    files = {name: content for name, content in found.items() if content is not None}
-    if not files:
-        raise FileError(f"{path}: carries no tokenizer files; use the folder it came from")
-    return files
-
-
-def locate(
-    source: str | Path, *, offline: bool, cache: str | Path | None, progress: bool | None
-) -> Path:
-    """Where a model is: the folder or file that `source` names, fetched if need be."""
-    if str(source) == "demo":
-        from . import demo
-
-        return Path(demo.path())
-    if Path(source).exists():
-        return Path(source)
-    if isinstance(source, Path) or str(source).endswith((".gguf", ".safetensors")):
-        return Path(source)  # a path, not a name on the hub; opening it tells what is wrong
-    from . import hub
-
-    return hub.resolve(
-        source, offline=offline, cache=cache, progress=progress, tokenizer_only=True
-    )

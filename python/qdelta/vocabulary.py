@@ -9,6 +9,7 @@ that the other lacks, so both are read and joined by id. The byte-level BPE itse
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +127,7 @@ def _from_tokenizer_json(
 ) -> tuple[tokenizers.Tokenizer, dict[int, AddedToken]]:
     import tokenizers
 
-    full = _library_call(
-        "tokenizer.json", lambda: tokenizers.Tokenizer.from_buffer(content)
-    )
+    full = library_call("tokenizer.json", lambda: tokenizers.Tokenizer.from_buffer(content))
     if not isinstance(full.model, tokenizers.models.BPE):
         raise UnsupportedError(
             f"tokenizer.json: model type {type(full.model).__name__}, only BPE is supported"
@@ -184,10 +183,10 @@ def _from_vocab_and_merges(
         )
         return bpe
 
-    return _library_call("vocab.json, merges.txt", assemble)
+    return library_call("vocab.json, merges.txt", assemble)
 
 
-def _library_call(file_name: str, call: Callable[[], _T]) -> _T:
+def library_call(file_name: str, call: Callable[[], _T]) -> _T:
     """Run `call`; the library's plain exceptions, and its panics, become FileError."""
     try:
         return call()
@@ -203,17 +202,16 @@ def _added_in_config(config: Mapping[str, Any]) -> Iterator[AddedToken]:
     if not isinstance(entries, dict):
         raise FileError(f"{file_name}: added_tokens_decoder is not an object")
     for key, entry in entries.items():
-        text = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(text, str) or not text or not key.isdecimal() or int(key) >= 2**31:
+        text: Any = entry.get("content") if isinstance(entry, dict) else None
+        usable = re.fullmatch("[0-9]{1,9}", key) and isinstance(text, str) and text
+        if not usable or re.search("[\ud800-\udfff]", text):
             raise FileError(f"{file_name}: added_tokens_decoder entry {key!r} is malformed")
         flags = [bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "single_word")]
         _check_exact(file_name, text, *flags)
         yield AddedToken(int(key), text, bool(entry.get("special")))
 
 
-def _check_exact(
-    file_name: str, text: str, lstrip: bool, rstrip: bool, single_word: bool
-) -> None:
+def _check_exact(file_name: str, text: str, lstrip: bool, rstrip: bool, single_word: bool) -> None:
     if lstrip or rstrip or single_word:
         raise UnsupportedError(
             f"{file_name}: added token {text!r} sets lstrip, rstrip or single_word; "

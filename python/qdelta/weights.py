@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import _native
@@ -69,10 +69,16 @@ def open_model(
     if quant == "none":
         return source
     out = converted_path(path, quant, cache)
+    # Without the lock, so that a cache that may only be read serves: files appear whole.
+    fresh = _open_if_fresh(out, source)
+    if fresh is not None:
+        return fresh
     with _locked(out):
         fresh = _open_if_fresh(out, source)
         if fresh is not None:
             return fresh
+        with _cache_errors(out):
+            out.unlink(missing_ok=True)  # stale, or damaged beyond recognition
         convert(source, path, out, quant=quant, progress=progress, threads=threads)
     return _native.Checkpoint(os.fspath(out))
 
@@ -123,7 +129,8 @@ def converted_path(path: str | Path, quant: str, cache: str | Path | None = None
     """Where the converted form of the model at `path` is kept."""
     # The hub's cache has folders named by revision; the name of the model is further up.
     given = Path(os.path.abspath(path))
-    named = next((part for part in reversed(given.parts) if part.startswith("models--")), given.name)
+    of_hub = (part for part in reversed(given.parts) if part.startswith("models--"))
+    named = next(of_hub, given.name)
     key = hashlib.sha256(os.fsencode(given)).hexdigest()[:16]
     return cache_folder(cache) / f"{named}-{key}.{quant}.safetensors"
 
@@ -144,9 +151,29 @@ def _open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Keeps other processes from making the same file meanwhile."""
-    try:
+    with _cache_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{out}.lock", "a+b")  # noqa: SIM115
+    with lock:
+        # File systems without locks are no harm: the work is done twice, and the last file stays.
+        with suppress(OSError):
+            if sys.platform == "win32":
+                import msvcrt
+
+                lock.seek(0)
+                msvcrt.locking(lock.fileno(), msvcrt.LK_LOCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield  # closing the file unlocks it
+
+
+@contextmanager
+def _cache_errors(out: Path) -> Iterator[None]:
+    """Turns refusals of the cache folder into an error that says what to do."""
+    try:
+        yield
     except OSError as error:
         raise FileAccessError(
             error.errno or 0,
@@ -154,14 +181,3 @@ def _locked(out: Path) -> Iterator[None]:
             "or QDELTA_CACHE",
             os.fspath(out.parent),
         ) from error
-    with lock:
-        if sys.platform == "win32":
-            import msvcrt
-
-            lock.seek(0)
-            msvcrt.locking(lock.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield  # closing the file unlocks it

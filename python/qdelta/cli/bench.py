@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 
-class Counts(click.ParamType):
+class Counts(click.ParamType):  # type: ignore[type-arg] # generic since click 8.3
     """Numbers separated by commas, as llama-bench takes them."""
 
     name = "N,N,..."
@@ -70,18 +70,18 @@ def bench(
     """
     from .. import bench as benchmark
     from ..progress import wanted
-    from ..tokenizer import locate
+    from ..source import locate
 
     if (model_name is None) == (synthetic is None):
         raise click.UsageError("give a MODEL or --synthetic, one of them")
     cases = benchmark.tests(n_prompt, n_gen, n_depth)
     if not cases:
         raise click.UsageError("nothing to measure: -p and -n are 0")
-    path = locate(model_name, offline=offline, cache=cache, progress=None) if model_name else None
-    rows = []
     thread_counts: list[int | None] = list(threads) if threads else [None]
     if 0 in thread_counts:
         raise click.UsageError("-t: at least 1 thread")
+    path = locate(model_name, offline=offline, cache=cache, progress=None) if model_name else None
+    rows = []
     total = len(cases) * len(thread_counts) * repetitions
     with click.progressbar(length=total, label="Measuring", file=sys.stderr,
                            hidden=not wanted(None)) as bar:

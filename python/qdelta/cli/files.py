@@ -34,7 +34,7 @@ def convert(model_name: str, quant: str, out: str, threads: int | None, offline:
       qdelta convert ./Qwen3.5-9B --quant w8 -o qwen3.5-9b.w8.safetensors
     """
     from .. import _native, weights
-    from ..tokenizer import locate
+    from ..source import locate
 
     path = locate(model_name, offline=offline, cache=None, progress=None)
     source = _native.Checkpoint(str(path))
@@ -68,7 +68,7 @@ def inspect(
       qdelta inspect qwen3.5-4b.w4.safetensors --tensors --verify
     """
     from .. import _native
-    from ..tokenizer import locate
+    from ..source import locate
 
     path = locate(model_name, offline=offline, cache=None, progress=None)
     checkpoint = _native.Checkpoint(str(path))
@@ -186,7 +186,7 @@ def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: 
       qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt
       qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt --quant none
     """
-    from ..llm import load
+    from ..loading import load
 
     model = load(model_name, **{name: options[name] for name in LOADING_NAMES})
     with click.progressbar(length=1, label="Reading", file=click.get_text_stream("stderr"),

@@ -40,7 +40,7 @@ def demo(prompt: str, threads: int | None, isa: str | None, **options: Any) -> N
       qdelta demo
       qdelta demo "One day, a small cat named Patch" --seed 7
     """
-    from ..llm import load
+    from ..loading import load
 
     settings = given(options, *SAMPLING_NAMES)
     settings.setdefault("max_tokens", DEMO_TOKENS)
@@ -78,7 +78,7 @@ def run(
       qdelta run ./Qwen3.5-0.8B --raw "Once upon a time" -n 64
       git diff | qdelta run Qwen/Qwen3.5-9B - --system "Review this change."
     """
-    from ..llm import load
+    from ..loading import load
 
     if prompt == "-":
         prompt = click.get_text_stream("stdin").read()
@@ -152,7 +152,7 @@ def chat(model_name: str, think: bool | None, system_text: str | None, **options
       qdelta chat Qwen/Qwen3.5-4B
       qdelta chat ./Qwen3.5-9B --quant w8 --think
     """
-    from ..llm import load
+    from ..loading import load
 
     model = load(model_name, **{name: options[name] for name in LOADING_NAMES})
     settings = given(options, *SAMPLING_NAMES)

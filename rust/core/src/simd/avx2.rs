@@ -59,7 +59,7 @@ macro_rules! both {
 impl<const VNNI: bool> Isa for Avx2<VNNI> {
     // Three integer and three float accumulators of two registers leave 4 of 16.
     const TILE_TOKENS: usize = 3;
-    const FLOAT_TILE: (usize, usize) = (2, 3);
+    const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
     const BYTE_BIAS: i32 = if VNNI { 128 } else { 0 };

@@ -39,7 +39,7 @@ macro_rules! op {
 impl Isa for Avx512 {
     // 14 integer and 14 float accumulators leave 4 of 32 registers for weights and scales.
     const TILE_TOKENS: usize = 14;
-    const FLOAT_TILE: (usize, usize) = (4, 6);
+    const FLOAT_TILE: (usize, usize) = (4, 4);
     const REGISTERS: usize = 32;
     const DELTA_TOKENS: usize = 4;
     const BYTE_BIAS: i32 = 128;

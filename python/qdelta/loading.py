@@ -1,0 +1,94 @@
+"""`load`: from a name to a model ready to answer."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from . import _native, weights
+from .llm import Model
+from .options import canonical
+from .source import locate, tokenizer_files
+from .tokenizer import Tokenizer
+from .vocabulary import parse_json
+
+_SYNONYMS = {
+    "context": "ctx",
+    "n_ctx": "ctx",
+    "context_length": "ctx",
+    "max_model_len": "ctx",
+    "n_threads": "threads",
+    "kv_cache": "kv",
+    "cache_dir": "cache",
+    "local_files_only": "offline",
+    "quantization": "quant",
+}
+_NAMES = frozenset({"quant", "ctx", "threads", "kv", "isa", "cache", "offline", "progress"})
+
+
+def load(
+    model: str | Path,
+    *,
+    quant: str = "auto",
+    ctx: int | None = None,
+    threads: int | None = None,
+    kv: str = "auto",
+    isa: str | None = None,
+    cache: str | Path | None = None,
+    offline: bool = False,
+    progress: bool | None = None,
+    **synonyms: Any,
+) -> Model:
+    """Load a model.
+
+    model: a name on the hub, a checkpoint folder, a converted file, or "demo", the toy that
+    travels with the package.
+    quant: "none" computes with the file's own weights; "w8" and "w4" convert it once and keep
+    the result; "auto" is what a converted file already is, "none" for toys, and else "w4".
+    ctx: tokens that a session can hold; None: as many as the model was made for. Memory is
+    taken as it fills.
+    threads: None: chosen for this machine. kv: element type of the KV cache, "auto", "f16" or
+    "f32". isa: an instruction set of `qdelta.instruction_sets()`; None: the best.
+    cache: folder for converted files. offline: touch no network.
+    progress: show progress bars; None: if the output is a terminal.
+
+    Raises FileError, FileAccessError, UnsupportedError or ArgumentError.
+    """
+    given: dict[str, Any] = {
+        "quant": quant, "ctx": ctx, "threads": threads, "kv": kv, "isa": isa, "cache": cache,
+        "offline": offline, "progress": progress,
+    }  # fmt: skip
+    defaults = {"quant": "auto", "kv": "auto", "offline": False}
+    for name, value in canonical("load", synonyms, _NAMES, _SYNONYMS).items():
+        if given[name] != defaults.get(name):
+            raise TypeError(f"load() got {name!r} twice, once under another name")
+        given[name] = value
+    return _load(model, **given)
+
+
+def _load(
+    model: str | Path,
+    *,
+    quant: str,
+    ctx: int | None,
+    threads: int | None,
+    kv: str,
+    isa: str | None,
+    cache: str | Path | None,
+    offline: bool,
+    progress: bool | None,
+) -> Model:
+    started = time.perf_counter()
+    path = locate(model, offline=offline, cache=cache, progress=progress)
+    checkpoint = weights.open_model(path, quant, cache, progress)
+    files = tokenizer_files(path, checkpoint)
+    native = _native.Model(checkpoint, context=ctx, threads=threads, kv=kv, isa=isa)
+    return Model(
+        native,
+        Tokenizer.from_files(files),
+        config=json.loads(checkpoint.config_json),
+        generation_config=parse_json(files, "generation_config.json"),
+        load_s=time.perf_counter() - started,
+    )

@@ -1,0 +1,59 @@
+"""Where a model's files are: a folder, one converted file, the package itself, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import FileError, UnsupportedError
+from .vocabulary import TOKENIZER_FILES, read_folder
+
+if TYPE_CHECKING:
+    from . import _native
+
+
+def locate(
+    source: str | Path,
+    *,
+    offline: bool = False,
+    cache: str | Path | None = None,
+    progress: bool | None = None,
+    weights: bool = True,
+) -> Path:
+    """The folder or file that `source` names, fetched from the hub if need be.
+
+    weights: False: the files of the tokenizer are enough. Raises UnsupportedError for GGUF
+    files, ArgumentError and FileAccessError for names that lead nowhere.
+    """
+    if str(source) == "demo":
+        from . import demo
+
+        return demo.path()
+    path = Path(source)
+    if path.suffix == ".gguf":
+        raise UnsupportedError(f"{path}: GGUF files are not supported")
+    if path.exists() or isinstance(source, Path) or path.suffix == ".safetensors":
+        return path  # whether it is there or not: opening it tells what is wrong
+    from . import hub
+
+    return hub.resolve(
+        source, offline=offline, cache=cache, progress=progress, tokenizer_only=not weights
+    )
+
+
+def tokenizer_files(path: Path, checkpoint: _native.Checkpoint | None = None) -> dict[str, bytes]:
+    """Contents by name of the tokenizer files in a folder, or inside a converted file.
+
+    checkpoint: the converted file, if it is open already. Raises FileError if there are none.
+    """
+    if path.is_dir():
+        return read_folder(path)
+    if checkpoint is None:
+        from . import _native
+
+        checkpoint = _native.Checkpoint(str(path))
+    found = {name: checkpoint.attachment(name) for name in TOKENIZER_FILES}
+    files = {name: content for name, content in found.items() if content is not None}
+    if not files:
+        raise FileError(f"{path}: carries no tokenizer files; use the folder it came from")
+    return files
