@@ -6,7 +6,7 @@ from qdelta import _native
 from qdelta.sizes import SIZES
 
 
-def small_model(quant):
+def small_model(quant, **changes):
     config = {
         **SIZES["0.8B"],
         "hidden_size": 256,
@@ -15,5 +15,6 @@ def small_model(quant):
         "vocab_size": 4096,
         "linear_num_key_heads": 4,
         "linear_num_value_heads": 4,
+        **changes,
     }
     return _native.Model.synthetic(json.dumps(config), quant=quant)

@@ -291,11 +291,11 @@ def test_long_feeds_are_cut_into_pieces(model):
 
 def test_feed_that_does_not_fit_changes_nothing(model):
     session = model.session()
-    session.feed([5] * 2000)
+    session.feed([5] * 1400)
     with pytest.raises(qdelta.ContextError, match="2049 tokens needed, the context holds 2048"):
-        session.feed([5] * 49)
-    assert session.n_tokens == 2000
-    session.feed([5] * 48)
+        session.feed([5] * 649)  # of which one piece would fit
+    assert session.n_tokens == 1400
+    session.feed([5] * 648)
     assert session.n_tokens == 2048
 
 
@@ -337,6 +337,15 @@ def test_perplexity_is_the_stored_one(model):
     assert float(got) == got.perplexity
     assert seen == [(done, 49) for done in range(1, 50)]
     assert got.usage.prompt_tokens == 49 * 512
+
+
+def test_timings_of_scores(model):
+    load_s = model.generate("Once", max_tokens=1).timings.load_s
+    assert load_s > 0
+    for result in (model.score("Once upon", " a time"), model.perplexity("Once " * 9, window=4)):
+        assert result.timings.load_s == load_s
+        assert result.timings.tokenize_s > 0
+        assert result.timings.prefill_s > 0
 
 
 @pytest.mark.parametrize("window", [2, 7, 64])

@@ -85,6 +85,7 @@ SETTINGS = [
     {"top_k": 20, "repetition_penalty": 1.3},
     {"repetition_penalty": 0.7, "presence_penalty": 0.5, "frequency_penalty": 0.2},
     {"top_k": 10, "logit_bias": {3: 6.0, 36: 8.0}},
+    {"top_k": 30, "logit_bias": {3: 4.0, 4: 3.0}, "repetition_penalty": 2.0},
     {"top_k": 30, "logit_bias": {0: -math.inf, 4: 3.0}, "presence_penalty": 1.0},
 ]
 

@@ -548,13 +548,23 @@ def test_astream_lets_other_tasks_run(model):
     assert asyncio.run(run()) > 20
 
 
-def test_cancelled_task_ends_the_generation(model):
+@pytest.mark.parametrize("managed", [True, False])
+def test_cancelled_task_ends_the_generation(model, managed):
     seen: list[int] = []
 
+    def slow(ids, row):
+        seen.append(len(ids))
+        time.sleep(0.002)
+        return row
+
     async def consume():
-        async with model.astream("Once", ignore_eos=True, processors=[endless(seen)]) as stream:
-            async for _ in stream:
-                pass
+        stream = model.astream("Once", ignore_eos=True, processors=[slow, silence])
+        if managed:
+            async with stream:
+                async for _ in stream:
+                    pass
+        async for _ in stream:
+            pass
 
     async def run():
         task = asyncio.create_task(consume())
@@ -570,6 +580,13 @@ def test_cancelled_task_ends_the_generation(model):
     at_cancel = asyncio.run(run())
     assert len(seen) <= at_cancel + 1
     check_usable(model)
+
+
+def silence(ids, row):
+    """A token without text each time, so that no event comes between tokens."""
+    row[:] = -np.inf
+    row[4071] = 0.0
+    return row
 
 
 def test_astream_left_early(model):

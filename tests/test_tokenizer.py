@@ -50,6 +50,23 @@ def test_text_cases_from_vocab_and_merges(rebuilt):
         assert rebuilt.encode(case["text"]) == case["ids"], case
 
 
+def test_decode_takes_any_kind_of_integer(tokenizer):
+    """Ids that come from numpy one by one, as `argmax` gives them, too."""
+    ids = tokenizer.encode("Hello world")
+    assert tokenizer.decode(map(np.int64, ids)) == "Hello world"
+    assert tokenizer.decode(np.array(ids, np.int32)) == "Hello world"
+
+
+@pytest.mark.parametrize("source", ["tokenizer", "rebuilt"])
+def test_contractions(source, request):
+    """In upper case, too, and with the long s, which folds to s."""
+    tokenizer = request.getfixturevalue(source)
+    ids = tokenizer.encode("it's IT'S It'Ll '\u017f x'\u017fy")
+    assert ids == [275, 579, 8435, 12887, 1049, 88279, 75, 359, 129, 123, 830, 6, 129, 123, 88]
+    assert tokenizer.encode("'The") == [16813, 377]
+    assert tokenizer.encode("'REP") == [90902, 47]
+
+
 def test_decode_cases(tokenizer):
     for case in CASES["decode_cases"]:
         assert tokenizer.decode(case["ids"], skip_special=False) == case["text"], case
@@ -85,7 +102,8 @@ def test_stream_cases(tokenizer, case):
 
 def random_ids(seed: int, size: int, limit: int) -> list[int]:
     rng = random.Random(seed)
-    return [rng.randrange(rng.choice([256, limit])) for _ in range(size)]
+    ranges = [(0, 256), (0, limit), (248044, 248077)]  # bytes, anything, added tokens
+    return [rng.randrange(*rng.choice(ranges)) for _ in range(size)]
 
 
 @pytest.mark.parametrize("skip_special", [True, False])

@@ -5,10 +5,12 @@ Everything here releases the interpreter lock while it works. Errors are the cla
 """
 
 from collections.abc import Callable
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
+@final
 class Checkpoint:
     """An opened and validated checkpoint: a folder, or one converted file.
 
@@ -57,6 +59,7 @@ def convert(
 def verify(path: str) -> None:
     """Recompute the hash of a converted file. Raises FileError if it is not the recorded one."""
 
+@final
 class Model:
     """Weights and their arithmetic; immutable, to be shared by any number of threads."""
 
@@ -114,6 +117,7 @@ class Model:
     def session(self) -> Session:
         """A new, empty timeline."""
 
+@final
 class Session:
     """One timeline of tokens with its KV cache and recurrent states. Thread safe."""
 
@@ -163,6 +167,7 @@ class Session:
         """State of one layer: "conv" [channels, kernel - 1] and "recurrent" [h_v, d_k, d_v],
         or "key" and "value" [h_kv, n_tokens, head_dim]."""
 
+@final
 class Snapshot:
     """A saved state of a session of the same model."""
 

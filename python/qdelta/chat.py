@@ -77,22 +77,28 @@ def refuse_pictures(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """Every string inside nested mappings and sequences, keys included."""
+    """Every text that a template could write out of nested mappings and lists, keys included.
+
+    Of a value that JSON does not know (a set, a path, any object) it is the text that Python
+    gives it.
+    """
     pending = [value]
     seen: set[int] = set()  # containers met, by address: a structure may hold itself
     while pending:
         item = pending.pop()
         if isinstance(item, str):
             yield item
-        elif isinstance(item, (bytes, bytearray)) or id(item) in seen:
-            continue
         elif isinstance(item, Mapping):
-            seen.add(id(item))
-            pending.extend(item.keys())
-            pending.extend(item.values())
-        elif isinstance(item, Sequence):
-            seen.add(id(item))
-            pending.extend(item)
+            if id(item) not in seen:
+                seen.add(id(item))
+                pending.extend(item.keys())
+                pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            if id(item) not in seen:
+                seen.add(id(item))
+                pending.extend(item)
+        elif item is not None and not isinstance(item, (bool, int, float)):
+            yield str(item)
 
 
 def _level(message: Any, place: str) -> dict[str, Any]:

@@ -12,24 +12,22 @@ from typing import TYPE_CHECKING
 
 from . import progress as bars
 from .errors import ArgumentError, FileAccessError
+from .vocabulary import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-TOKENIZER_FILES = (
+# With the settings of pictures, for when they are read.
+SMALL_FILES = (
     "config.json",
-    "generation_config.json",
+    *TOKENIZER_FILES,
     "preprocessor_config.json",
     "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
 )
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_ABSENT = "no such folder, and the hub has no such model, or HF_TOKEN must allow it"
 _NO_MODEL = "{!r}: no such file or folder, and no name on the hub (as Qwen/Qwen3.5-0.8B)"
 
 
@@ -71,7 +69,7 @@ def resolve(
     if not bars.wanted(progress):
         disable_progress_bars()
     try:
-        patterns = [*TOKENIZER_FILES, *(() if tokenizer_only else WEIGHT_FILES)]
+        patterns = [*SMALL_FILES, *(() if tokenizer_only else WEIGHT_FILES)]
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
     except HFValidationError as error:
         raise ArgumentError(f"{_NO_MODEL.format(name)}: {error}") from error
@@ -90,7 +88,7 @@ def resolve(
         elif isinstance(error, GatedRepoError):
             why = "access must be granted on its page first, then set HF_TOKEN"
         elif isinstance(error, RepositoryNotFoundError):
-            why = "no such folder, and the hub has no such model, or HF_TOKEN must allow it"
+            why = _ABSENT
         elif isinstance(error, HfHubHTTPError):
             why = _answer(error)
         elif isinstance(error, OSError) and error.strerror:
@@ -111,8 +109,10 @@ def resolve(
 
 def _answer(error: HfHubHTTPError) -> str:
     """What the hub said, on one line."""
-    status = error.response.status_code
+    status = error.response.status_code if error.response is not None else "an error"
     said = getattr(error, "server_message", None) or str(error).split("(Request ID")[0]
-    if status in (401, 403):
-        return f"the hub refuses access ({status}); set HF_TOKEN to a token that allows it"
+    if status == 401:  # to strangers, absent and private models look the same
+        return _ABSENT
+    if status == 403:
+        return "the hub refuses access (403); set HF_TOKEN to a token that allows it"
     return f"the hub answered {status}: {' '.join(said.split())}"

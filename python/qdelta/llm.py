@@ -221,9 +221,12 @@ class Model:
 
         Texts are tokenised apart, so that the border between them stays where it is.
         """
-        return evaluate.score(
-            self.native, self._ids(prompt), self._ids(continuation, "continuation")
-        )
+        started = time.perf_counter()
+        ids, more = self._ids(prompt), self._ids(continuation, "continuation")
+        tokenize_s = time.perf_counter() - started
+        result = evaluate.score(self.native, ids, more)
+        result.timings.load_s, result.timings.tokenize_s = self._load_s, tokenize_s
+        return result
 
     def perplexity(
         self,
@@ -237,9 +240,12 @@ class Model:
         Every window runs alone from an empty state, its first token is not scored, and an
         incomplete last window is left out. progress: called with (windows done, in all).
         """
-        return evaluate.perplexity(
-            self.native, self._ids(text, "text"), window=window, progress=progress
-        )
+        started = time.perf_counter()
+        ids = self._ids(text, "text")
+        tokenize_s = time.perf_counter() - started
+        result = evaluate.perplexity(self.native, ids, window=window, progress=progress)
+        result.timings.load_s, result.timings.tokenize_s = self._load_s, tokenize_s
+        return result
 
     def _ids(
         self, prompt: str | Sequence[int], name: str = "prompt", *, special: bool = True

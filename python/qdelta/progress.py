@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 def wanted(progress: bool | None) -> bool:
     """Whether to show a bar: as the caller said, else if standard error is a terminal."""
-    return sys.stderr.isatty() if progress is None else progress
+    # Programs without a console have no standard error.
+    return bool(sys.stderr and sys.stderr.isatty()) if progress is None else progress
 
 
 @contextmanager
@@ -31,14 +32,15 @@ def byte_bar(text: str, progress: bool | None) -> Iterator[Callable[[int, int], 
         TransferSpeedColumn,
     )
 
+    console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
+        console=console,
+        transient=console.is_terminal,  # elsewhere it is written once, at the end
     ) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -277,8 +278,13 @@ def _bytes_of(token: str) -> bytes:
 def _int_list(ids: Iterable[int]) -> list[int]:
     tolist: Callable[[], list[int]] | None = getattr(ids, "tolist", None)  # numpy
     listed = list(ids) if tolist is None else tolist()
-    for id in listed:
-        if not isinstance(id, int) or id < 0:
+    for place, id in enumerate(listed):
+        if type(id) is not int:
+            try:
+                listed[place] = id = operator.index(id)  # numpy's integers
+            except TypeError:
+                raise ArgumentError(f"ids: token ids expected, got {id!r}") from None
+        if id < 0:
             raise ArgumentError(f"ids: token ids of 0 and more expected, got {id!r}")
     return listed
 

@@ -7,6 +7,7 @@ again when a file of the source changed (size or time), or when this version wri
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import sys
@@ -16,22 +17,11 @@ from pathlib import Path
 
 from . import _native
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
+from .hub import SMALL_FILES
 from .progress import byte_bar
 
 QUANTS = ("auto", "none", "w8", "w4")
 
-# Files that travel inside a converted one, so that it is a whole model.
-ATTACHMENTS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 # Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
 SMALL_BYTES = 64 << 20
@@ -94,11 +84,11 @@ def convert(
 ) -> None:
     """Write `source`, which was opened from `path`, to the file `out` in the format `quant`.
 
-    The files of the tokenizer and the template travel along.
+    The files of the tokenizer and the template travel along, so that it is a whole model.
     """
     folder = Path(path)
     attachments = [
-        (name, os.fspath(folder / name)) for name in ATTACHMENTS if (folder / name).is_file()
+        (name, os.fspath(folder / name)) for name in SMALL_FILES if (folder / name).is_file()
     ]
     with byte_bar(f"Converting {folder.resolve().name} to {quant}", progress) as report:
         _native.convert(
@@ -127,12 +117,13 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 
 def converted_path(path: str | Path, quant: str, cache: str | Path | None = None) -> Path:
     """Where the converted form of the model at `path` is kept."""
-    # The hub's cache has folders named by revision; the name of the model is further up.
     given = Path(os.path.abspath(path))
-    of_hub = (part for part in reversed(given.parts) if part.startswith("models--"))
-    named = next(of_hub, given.name)
+    # The hub's cache has a folder for each revision below the model's. A new revision takes the
+    # place of the old one, or its converted file if the weights are the same.
+    if given.parent.name == "snapshots" and given.parent.parent.name.startswith("models--"):
+        given = given.parent.parent
     key = hashlib.sha256(os.fsencode(given)).hexdigest()[:16]
-    return cache_folder(cache) / f"{named}-{key}.{quant}.safetensors"
+    return cache_folder(cache) / f"{given.name}-{key}.{quant}.safetensors"
 
 
 def _open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint | None:
@@ -166,6 +157,8 @@ def _locked(out: Path) -> Iterator[None]:
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            for path in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+                path.unlink()  # of a process that was killed; nobody else writes here now
         yield  # closing the file unlocks it
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import sys
 
@@ -37,6 +39,12 @@ for command in (
 
 def main() -> None:
     """Entry point: errors are one line, Ctrl-C and a closed pipe end quietly."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal need not know every character
     try:
         status = cli.main(standalone_mode=False)
         sys.stdout.flush()
@@ -48,9 +56,25 @@ def main() -> None:
         click.echo(err=True)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # What is still buffered has nowhere to go; without this the interpreter would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
-    except Error as error:
-        click.echo(f"qdelta: {error}", err=True)
+    except (Error, OSError) as error:
+        click.echo(f"qdelta: {_line(error)}", err=True)
+        _drop_output()
         sys.exit(1)
+
+
+def _drop_output() -> None:
+    """What is still buffered may have nowhere to go; the interpreter would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _line(error: Error | OSError) -> str:
+    """An error on one line, without the numbers that programs look for."""
+    if isinstance(error, OSError) and error.strerror:
+        reason = re.sub(r" \(os error \d+\)$", "", error.strerror)
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return " ".join(str(error).split())

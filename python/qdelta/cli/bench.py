@@ -3,44 +3,69 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click
 
 
-class Counts(click.ParamType):  # type: ignore[type-arg] # generic since click 8.3
+def counts(text: str) -> list[int]:
     """Numbers separated by commas, as llama-bench takes them."""
-
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        if isinstance(value, list):
-            return value
-        try:
-            counts = [int(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)
-        if any(count < 0 for count in counts):
-            self.fail(f"{value!r}: expected no negative number", param, ctx)
-        return counts
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: expected numbers separated by commas") from None
+    if any(number < 0 for number in numbers):
+        raise click.BadParameter(f"{text!r}: expected no negative number")
+    return numbers
 
 
 @click.command()
 @click.argument("model_name", metavar="[MODEL]", required=False)
-@click.option("--synthetic", type=click.Choice(["0.8B", "2B", "4B", "9B"]),
-              help="Random weights at the shapes of this size, no files needed.")
-@click.option("-p", "--n-prompt", type=Counts(), default="512", show_default=True,
-              help="Prompt tokens to read.")
-@click.option("-n", "--n-gen", type=Counts(), default="128", show_default=True,
-              help="Tokens to generate.")
-@click.option("-d", "--n-depth", type=Counts(), default="0", show_default=True,
-              help="Tokens that are there before.")
-@click.option("-t", "--threads", type=Counts(), help="Threads; default: all cores.")
+@click.option(
+    "--synthetic",
+    type=click.Choice(["0.8B", "2B", "4B", "9B"]),
+    help="Random weights at the shapes of this size, no files needed.",
+)
+@click.option(
+    "-p",
+    "--n-prompt",
+    type=counts,
+    metavar="N,N,...",
+    default="512",
+    show_default=True,
+    help="Prompt tokens to read.",
+)
+@click.option(
+    "-n",
+    "--n-gen",
+    type=counts,
+    metavar="N,N,...",
+    default="128",
+    show_default=True,
+    help="Tokens to generate.",
+)
+@click.option(
+    "-d",
+    "--n-depth",
+    type=counts,
+    metavar="N,N,...",
+    default="0",
+    show_default=True,
+    help="Tokens that are there before.",
+)
+@click.option(
+    "-t", "--threads", type=counts, metavar="N,N,...", help="Threads; default: all cores."
+)
 @click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("-o", "--output", type=click.Choice(["md", "json", "csv", "jsonl"]), default="md",
-              show_default=True)
-@click.option("--quant", type=click.Choice(["auto", "none", "w8", "w4"]), default="auto",
-              show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["md", "json", "csv", "jsonl"]),
+    default="md",
+    show_default=True,
+)
+@click.option(
+    "--quant", type=click.Choice(["auto", "none", "w8", "w4"]), default="auto", show_default=True
+)
 @click.option("--kv", type=click.Choice(["auto", "f16", "f32"]), default="auto")
 @click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
 @click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
@@ -83,8 +108,9 @@ def bench(
     path = locate(model_name, offline=offline, cache=cache, progress=None) if model_name else None
     rows = []
     total = len(cases) * len(thread_counts) * repetitions
-    with click.progressbar(length=total, label="Measuring", file=sys.stderr,
-                           hidden=not wanted(None)) as bar:
+    with click.progressbar(
+        length=total, label="Measuring", file=sys.stderr, hidden=not wanted(None)
+    ) as bar:
         for count in thread_counts:
             if synthetic:
                 model, config = benchmark.load_synthetic(
@@ -97,9 +123,15 @@ def bench(
                 )
             name = model_name or f"synthetic {synthetic}"
             for case in cases:
-                rows.append(benchmark.run(
-                    model, case, repetitions=repetitions, filename=name, config=config,
-                    on_sample=lambda: bar.update(1),
-                ))
+                rows.append(
+                    benchmark.run(
+                        model,
+                        case,
+                        repetitions=repetitions,
+                        filename=name,
+                        config=config,
+                        on_sample=lambda: bar.update(1),
+                    )
+                )
             del model
     click.echo(benchmark.format_rows(rows, output))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import click
+
+from ..errors import FileError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,7 +20,9 @@ _LOADING = (
         help="Weights: 4 or 8 bits (converted once and kept), or as the files have them.",
     ),
     click.option("--ctx", type=click.IntRange(min=1), help="Tokens a conversation can hold."),
-    click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores."),
+    click.option(
+        "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores."
+    ),
     click.option(
         "--kv",
         type=click.Choice(["auto", "f16", "f32"]),
@@ -62,6 +66,14 @@ def _apply(options: tuple[Callable[[F], F], ...], command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def read_text(file: BinaryIO, name: str) -> str:
+    """All of a file as UTF-8. Raises FileError if it is something else."""
+    try:
+        return file.read().decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
 def given(options: dict[str, Any], *names: str) -> dict[str, Any]:

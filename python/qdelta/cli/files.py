@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .common import LOADING_NAMES, loading_options
+from ..errors import ArgumentError
+from ..progress import wanted
+from .common import LOADING_NAMES, loading_options, read_text
 
 
 @click.command()
@@ -44,10 +47,19 @@ def convert(model_name: str, quant: str, out: str, threads: int | None, offline:
 
 @click.command()
 @click.argument("model_name", metavar="MODEL")
-@click.option("--ctx", type=click.IntRange(min=1), default=4096, show_default=True,
-              help="Context length of the memory plan.")
-@click.option("--kv", type=click.Choice(["auto", "f16", "f32"]), default="auto",
-              help="Precision of the attention cache in the plan.")
+@click.option(
+    "--ctx",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Context length of the memory plan.",
+)
+@click.option(
+    "--kv",
+    type=click.Choice(["auto", "f16", "f32"]),
+    default="auto",
+    help="Precision of the attention cache in the plan.",
+)
 @click.option("--tensors/--no-tensors", default=False, help="List every tensor.")
 @click.option("--verify", is_flag=True, help="Read a converted file whole and check its hash.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -73,6 +85,8 @@ def inspect(
     path = locate(model_name, offline=offline, cache=None, progress=None)
     checkpoint = _native.Checkpoint(str(path))
     if verify:
+        if checkpoint.quant == "none":
+            raise ArgumentError(f"{model_name}: --verify is for converted files, which have a hash")
         _native.verify(str(path))
     config = json.loads(checkpoint.config_json)
     native_ctx = config.get("text_config", config).get("max_position_embeddings", ctx)
@@ -123,11 +137,11 @@ def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # Names may hold brackets, which are no markup. In a pipe nothing is cut to a width.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
     memory = report["memory"]
     count = f"{report['parameters'] / 1e6:,.1f} M parameters"
-    console.print(f"[bold]{report['model']}[/bold]: Qwen3.5 {report['size']}, {count}, "
-                  f"quant {report['quant']}")
+    console.print(f"{report['model']}: Qwen3.5 {report['size']}, {count}, quant {report['quant']}")
     if report["verified"]:
         console.print("hash verified")
     table = Table("setting", "value", title="Config", title_justify="left")
@@ -170,10 +184,16 @@ def _size(n: int) -> str:
 
 @click.command("eval")
 @click.argument("model_name", metavar="MODEL")
-@click.option("--text", "file", type=click.File(encoding="utf-8"), required=True,
-              help="UTF-8 text; - is standard input.")
-@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True,
-              help="Tokens that are scored together.")
+@click.option(
+    "--text", "file", type=click.File("rb"), required=True, help="UTF-8 text; - is standard input."
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="Tokens that are scored together.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @loading_options
 def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: Any) -> None:
@@ -188,28 +208,37 @@ def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: 
     """
     from ..loading import load
 
+    text = read_text(file, "standard input" if file.name in ("-", "<stdin>") else file.name)
     model = load(model_name, **{name: options[name] for name in LOADING_NAMES})
-    with click.progressbar(length=1, label="Reading", file=click.get_text_stream("stderr"),
-                           hidden=not click.get_text_stream("stderr").isatty()) as bar:
+    with click.progressbar(
+        length=1, label="Reading", file=sys.stderr, hidden=not wanted(None)
+    ) as bar:
+
         def report(done: int, total: int) -> None:
             bar.length = total
             bar.update(done - bar.pos)
 
-        result = model.perplexity(file.read(), window=window, progress=report)
+        result = model.perplexity(text, window=window, progress=report)
     rate = result.timings.prefill_tokens_per_s
     if as_json:
-        click.echo(json.dumps({
-            "model": model_name,
-            "quant": model.native.quant,
-            "perplexity": result.perplexity,
-            "perplexity_second_half": result.second_half,
-            "mean_loss": result.mean_loss,
-            "windows": result.windows,
-            "scored": result.scored,
-            "tokens_per_s": rate,
-        }))
+        click.echo(
+            json.dumps(
+                {
+                    "model": model_name,
+                    "quant": model.native.quant,
+                    "perplexity": result.perplexity,
+                    "perplexity_second_half": result.second_half,
+                    "mean_loss": result.mean_loss,
+                    "windows": result.windows,
+                    "scored": result.scored,
+                    "tokens_per_s": rate,
+                }
+            )
+        )
         return
-    click.echo(f"perplexity {result.perplexity:.4f} ({result.windows} windows of {window}, "
-               f"{result.scored} tokens scored)")
+    click.echo(
+        f"perplexity {result.perplexity:.4f} ({result.windows} windows of {window}, "
+        f"{result.scored} tokens scored)"
+    )
     click.echo(f"second half of the windows {result.second_half:.4f}")
     click.echo(f"{rate:.1f} tokens per second")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ArgumentError, Error
+from ..errors import ArgumentError, Error, FileError
 from .common import (
     LOADING_NAMES,
     SAMPLING_NAMES,
     given,
     loading_options,
+    read_text,
     sampling_options,
 )
 
@@ -81,7 +83,7 @@ def run(
     from ..loading import load
 
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = read_text(sys.stdin.buffer, "standard input")
     if raw and (think is not None or system_text is not None):
         raise click.UsageError("--raw goes without --think and --system")
     model = load(model_name, **{name: options[name] for name in LOADING_NAMES})
@@ -109,7 +111,6 @@ def _print_stream(model: Model, prompt: Any, settings: dict[str, Any]) -> Comple
                     click.echo("\n", err=True)
                     reasoning = False
                 click.echo(event.text, nl=False)
-                sys.stdout.flush()
         click.echo()
     assert stream.result is not None, "the last event carries the result"
     return stream.result
@@ -229,15 +230,13 @@ class Conversation:
 
 def _enable_line_editing() -> None:
     """Arrow keys and history at the prompt, where the platform has them."""
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        pass
 
 
 def _read_turn() -> str | None:
     """A message: lines that end in a backslash go on. None at the end of input."""
-    lines = []
+    lines: list[str] = []
     try:
         while True:
             prompt = ("> " if not lines else "… ") if sys.stdin.isatty() else ""
@@ -247,6 +246,8 @@ def _read_turn() -> str | None:
             lines.append(line[:-1])
     except EOFError:
         return "\n".join(lines) if lines else None
+    except UnicodeDecodeError as error:
+        raise FileError(f"standard input: not UTF-8 at byte {error.start}") from None
     except KeyboardInterrupt:
         # At the prompt Ctrl-C drops the line; Ctrl-D leaves.
         click.echo(err=True)

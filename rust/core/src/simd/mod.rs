@@ -13,8 +13,12 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
+#[cfg(target_arch = "aarch64")]
+pub use neon::Neon;
 pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub use {avx2::Avx2, avx512::Avx512};
@@ -123,6 +127,10 @@ pub enum Cpu {
     AvxVnni(Avx2<true>),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon<false>),
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod(Neon<true>),
 }
 
 /// Runs `$body` with `$s` bound to the instruction set of `$cpu`.
@@ -136,6 +144,10 @@ macro_rules! dispatch {
             Cpu::AvxVnni($s) => $body,
             #[cfg(target_arch = "x86_64")]
             Cpu::Avx512($s) => $body,
+            #[cfg(target_arch = "aarch64")]
+            Cpu::Neon($s) => $body,
+            #[cfg(target_arch = "aarch64")]
+            Cpu::NeonDotprod($s) => $body,
         }
     };
 }
@@ -149,6 +161,11 @@ impl Cpu {
             all.extend(Avx512::detect().map(Cpu::Avx512));
             all.extend(Avx2::<true>::detect().map(Cpu::AvxVnni));
             all.extend(Avx2::<false>::detect().map(Cpu::Avx2));
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            all.extend(Neon::<true>::detect().map(Cpu::NeonDotprod));
+            all.extend(Neon::<false>::detect().map(Cpu::Neon));
         }
         all.push(Cpu::Portable(Portable));
         all
@@ -180,6 +197,10 @@ impl Cpu {
             Cpu::AvxVnni(_) => "avxvnni",
             #[cfg(target_arch = "x86_64")]
             Cpu::Avx512(_) => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Cpu::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Cpu::NeonDotprod(_) => "neon_dotprod",
         }
     }
 

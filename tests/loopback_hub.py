@@ -1,0 +1,149 @@
+"""A server on loopback that speaks the Hugging Face Hub's protocol, as far as downloads need it.
+
+It serves one folder as the model `owner/name` and notes every request. Large files are answered
+as the hub does: a redirect to another place, with the true size and hash in headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = (".safetensors", ".bin", ".gguf")  # kept outside git
+
+
+class Hub:
+    """What the server serves, and what it was asked."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.commit = COMMIT
+        self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers for everything
+        self.requests: list[tuple[str, str]] = []  # method and path
+        self.url = ""
+
+    def files(self) -> dict[str, bytes]:
+        paths = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
+        return {p.relative_to(self.folder).as_posix(): p.read_bytes() for p in paths}
+
+    def fetched(self) -> set[str]:
+        """Names of the files whose content was asked for."""
+        found = set()
+        for method, path in self.requests:
+            if method == "GET" and (match := re.search(r"/(?:resolve|blob)/[^/]+/(.+)$", path)):
+                found.add(match[1])
+        return found
+
+
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def etag(name: str, content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if name.endswith(LARGE) else git_hash(content)
+
+
+def tree(hub: Hub) -> list[dict]:
+    entries = []
+    for name, content in hub.files().items():
+        entry: dict = {"type": "file", "path": name, "size": len(content)}
+        entry["oid"] = git_hash(content)
+        if name.endswith(LARGE):
+            entry["lfs"] = {"oid": etag(name, content), "size": len(content), "pointerSize": 134}
+        entries.append(entry)
+    return entries
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.requests.append((self.command, path))
+        api = f"/api/models/{hub.name}"
+        if hub.refusal is not None:
+            status, headers = hub.refusal
+            self.send(status, b'{"error": "refused"}', headers)
+        elif path in (api, f"{api}/revision/main", f"{api}/revision/{hub.commit}"):
+            info = {
+                "_id": "1",
+                "id": hub.name,
+                "modelId": hub.name,
+                "sha": hub.commit,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "tags": [],
+                "downloads": 1,
+                "likes": 1,
+                "siblings": [{"rfilename": name} for name in hub.files()],
+            }
+            self.send_json(info)
+        elif path.startswith(f"{api}/tree/"):
+            self.send_json(tree(hub))
+        elif match := re.fullmatch(rf"/{hub.name}/resolve/(main|{hub.commit})/(.+)", path):
+            self.send_file(match[2], large_elsewhere=True)
+        elif match := re.fullmatch(rf"/cdn/blob/{hub.commit}/(.+)", path):
+            self.send_file(match[1], large_elsewhere=False)
+        else:
+            self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+
+    def send_file(self, name: str, *, large_elsewhere: bool) -> None:
+        content = self.hub.files().get(name)
+        if content is None:
+            self.send(404, b"Entry not found", {"X-Error-Code": "EntryNotFound"})
+            return
+        headers = {"X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}
+        if name.endswith(LARGE) and large_elsewhere:
+            headers |= {
+                "X-Linked-Etag": f'"{etag(name, content)}"',
+                "X-Linked-Size": str(len(content)),
+                "Location": f"{self.hub.url}/cdn/blob/{self.hub.commit}/{name}",
+            }
+            self.send(302, b"", headers)
+        else:
+            self.send(200, content, headers | {"ETag": f'"{etag(name, content)}"'})
+
+    def send_json(self, value: object) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serve(name: str, folder: Path) -> Iterator[Hub]:
+    """The server for the time of the block."""
+    hub = Hub(name, folder)
+    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield hub
+        server.shutdown()
