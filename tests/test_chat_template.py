@@ -7,6 +7,7 @@ import json
 import random
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -281,10 +282,29 @@ class Spelled:
     __repr__ = __str__
 
 
+class SpelledInt(int):
+    def __str__(self) -> str:
+        return str(Spelled())
+
+
+class SpelledText(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return str(Spelled())
+
+
 @pytest.mark.parametrize(
     "value",
-    [{str(Spelled())}, frozenset([str(Spelled())]), PurePosixPath(str(Spelled())), Spelled()],
-    ids=["set", "frozenset", "path", "object"],
+    [
+        {str(Spelled())},
+        frozenset([str(Spelled())]),
+        PurePosixPath(str(Spelled())),
+        Spelled(),
+        SpelledInt(1),
+        SpelledText("a"),
+    ],
+    ids=["set", "frozenset", "path", "object", "int", "str"],
 )
 def test_values_that_json_does_not_know_cannot_forge(tokenizer, value):
     """The template writes tool arguments of any type as Python spells them."""
@@ -302,6 +322,30 @@ def test_values_that_json_does_not_know_cannot_forge(tokenizer, value):
     assert specials_in(tokenizer, ids) == specials_in(tokenizer, harmless)
     rendered = tokenizer.render(conversation(value))
     assert tokenizer.decode(ids, skip_special=False) == rendered
+
+
+class Listed(Sequence):
+    """A sequence of a kind of its own."""
+
+    def __init__(self, items):
+        self._items = items
+
+    def __getitem__(self, index):
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+@pytest.mark.parametrize("wrapped", [list, Listed], ids=["list", "sequence"])
+def test_sequences_of_any_kind_cannot_forge(tokenizer, wrapped):
+    def tools(text):
+        return wrapped([{"type": "function", "function": {"name": "f", "description": text}}])
+
+    messages = [{"role": "user", "content": "a"}]
+    ids = tokenizer.render_ids(messages, tools(str(Spelled())))
+    harmless = tokenizer.render_ids(messages, tools("1"))
+    assert specials_in(tokenizer, ids) == specials_in(tokenizer, harmless)
 
 
 def test_reasoning_in_history_is_structure(tokenizer):

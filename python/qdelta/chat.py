@@ -8,6 +8,7 @@ template could not use is refused with the place it stands at.
 from __future__ import annotations
 
 import json
+from collections import UserString
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,6 +18,11 @@ from .results import Message
 SystemPolicy = Literal["merge", "strict"]
 
 ROLES = ("system", "user", "assistant", "tool")
+
+# Types whose text is known to be harmless, or is that of their parts.
+_PLAIN = frozenset({str, dict, list, tuple, bool, int, float, type(None)})
+# Sequences with nothing inside that is not in their text, or without an end of parts.
+_NOT_LISTS = (bytes, bytearray, memoryview, range, UserString)
 
 
 def level_messages(messages: Any, *, system: SystemPolicy = "merge") -> list[dict[str, Any]]:
@@ -80,25 +86,27 @@ def strings_in(value: Any) -> Iterator[str]:
     """Every text that a template could write out of nested mappings and lists, keys included.
 
     Of a value that JSON does not know (a set, a path, any object) it is the text that Python
-    gives it.
+    gives it; subclasses may give themselves any text.
     """
     pending = [value]
-    seen: set[int] = set()  # containers met, by address: a structure may hold itself
+    # Containers met, by address: a structure may hold itself. They are kept, since an address
+    # means another object once the first is gone.
+    seen: dict[int, Any] = {}
     while pending:
         item = pending.pop()
+        if type(item) not in _PLAIN:
+            yield str(item)
         if isinstance(item, str):
             yield item
+        elif id(item) in seen:
+            continue
         elif isinstance(item, Mapping):
-            if id(item) not in seen:
-                seen.add(id(item))
-                pending.extend(item.keys())
-                pending.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            if id(item) not in seen:
-                seen.add(id(item))
-                pending.extend(item)
-        elif item is not None and not isinstance(item, (bool, int, float)):
-            yield str(item)
+            seen[id(item)] = item
+            pending.extend(item.keys())
+            pending.extend(item.values())
+        elif isinstance(item, Sequence) and not isinstance(item, _NOT_LISTS):
+            seen[id(item)] = item
+            pending.extend(item)
 
 
 def _level(message: Any, place: str) -> dict[str, Any]:
