@@ -213,3 +213,8 @@ def test_bad_ids_to_decode(model):
     for text in (5, None, b"abc"):
         with pytest.raises(qdelta.ArgumentError, match="str expected"):
             model.encode(text)
+
+
+def test_empty_model_name():
+    with pytest.raises(qdelta.ArgumentError, match="model: empty"):
+        qdelta.load("")

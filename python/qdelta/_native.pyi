@@ -189,3 +189,8 @@ class kernels:  # a module
     @staticmethod
     def delta_rule(isa: str, heads: int, tokens: int, repeats: int) -> float:
         """Steps of `tokens` tokens on `heads` states of 128 x 128."""
+
+    @staticmethod
+    def limits(isa: str, threads: int) -> dict[str, float]:
+        """What the machine could do at best: read_one, read_all in bytes per second, int8_peak,
+        f32_peak in operations per second of one thread."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FileError, UnsupportedError
+from .errors import ArgumentError, FileError, UnsupportedError
 from .vocabulary import TOKENIZER_FILES, read_folder
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ def locate(
     weights: False: the files of the tokenizer are enough. Raises UnsupportedError for GGUF
     files, ArgumentError and FileAccessError for names that lead nowhere.
     """
+    if not str(source):
+        # An empty path would be the current folder, which nobody means by it.
+        raise ArgumentError("model: empty; expected a name on the hub, a folder, or a file")
     if str(source) == "demo":
         from . import demo
 

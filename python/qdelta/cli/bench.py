@@ -68,6 +68,11 @@ def counts(text: str) -> list[int]:
 )
 @click.option("--kv", type=click.Choice(["auto", "f16", "f32"]), default="auto")
 @click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
+@click.option("--limits", is_flag=True, help="Set results against what the machine could do.")
+@click.option(
+    "--against", metavar="PROGRAM", help="Measure llama-bench (of llama.cpp or a fork) in turn."
+)
+@click.option("--against-model", metavar="FILE", help="Its GGUF file.")
 @click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
 @click.option("--offline", is_flag=True, help="Touch no network.")
 def bench(
@@ -82,16 +87,21 @@ def bench(
     quant: str,
     kv: str,
     isa: str | None,
+    limits: bool,
+    against: str | None,
+    against_model: str | None,
     cache: str | None,
     offline: bool,
 ) -> None:
     """Measure speed: prefill (pp) and decode (tg) apart, with llama-bench's names.
 
     Samples follow a warm-up; a rate is the mean over samples, ± their standard deviation.
+    With --against the samples of both programs alternate, and the ratio is the median over pairs.
 
     \b
       qdelta bench --synthetic 0.8B
       qdelta bench Qwen/Qwen3.5-4B -p 512,4096 -n 64 -d 0,16384 -t 1,2 -o json
+      qdelta bench --synthetic 4B --against ./llama-bench --against-model qwen3.5-4b-q4_0.gguf
     """
     from .. import bench as benchmark
     from ..progress import wanted
@@ -105,8 +115,11 @@ def bench(
     thread_counts: list[int | None] = list(threads) if threads else [None]
     if 0 in thread_counts:
         raise click.UsageError("-t: at least 1 thread")
+    if (against is None) != (against_model is None):
+        raise click.UsageError("--against and --against-model go together")
+    peer = benchmark.Peer(against, against_model) if against and against_model else None
     path = locate(model_name, offline=offline, cache=cache, progress=None) if model_name else None
-    rows = []
+    rows, peer_rows = [], []
     total = len(cases) * len(thread_counts) * repetitions
     with click.progressbar(
         length=total, label="Measuring", file=sys.stderr, hidden=not wanted(None)
@@ -122,16 +135,20 @@ def bench(
                     path, quant=quant, cache=cache, threads=count, kv=kv, isa=isa
                 )
             name = model_name or f"synthetic {synthetic}"
+            best = benchmark.measure_limits(model.isa, model.threads) if limits else None
             for case in cases:
-                rows.append(
-                    benchmark.run(
-                        model,
-                        case,
-                        repetitions=repetitions,
-                        filename=name,
-                        config=config,
-                        on_sample=lambda: bar.update(1),
-                    )
+                row, peer_row = benchmark.run(
+                    model,
+                    case,
+                    repetitions=repetitions,
+                    filename=name,
+                    config=config,
+                    limits=best,
+                    against=peer,
+                    on_sample=lambda: bar.update(1),
                 )
+                rows.append(row)
+                if peer_row is not None:
+                    peer_rows.append(peer_row)
             del model
-    click.echo(benchmark.format_rows(rows, output))
+    click.echo(benchmark.format_rows(rows, output, peer_rows))

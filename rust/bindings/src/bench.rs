@@ -8,6 +8,7 @@ pub mod kernels {
     use pyo3::prelude::*;
     use qdelta_core::simd::Cpu;
     use qdelta_core::{Error, bench};
+    use std::collections::BTreeMap;
 
     /// Seconds for `repeats` products of a random [rows, cols] matrix with `tokens` rows.
     ///
@@ -43,5 +44,23 @@ pub mod kernels {
     ) -> PyResult<f64> {
         let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
         detached(py, || Ok(bench::delta_rule(cpu, heads, tokens, repeats).as_secs_f64()))
+    }
+
+    /// What the machine could do at best, in bytes and operations per second.
+    #[pyfunction]
+    fn limits(py: Python<'_>, isa: &str, threads: usize) -> PyResult<BTreeMap<&'static str, f64>> {
+        let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
+        detached(py, || {
+            if threads == 0 || threads > 1024 {
+                return Err(Error::Argument(format!("threads is {threads}, expected 1 to 1024")));
+            }
+            let limits = bench::limits(cpu, threads);
+            Ok(BTreeMap::from([
+                ("read_one", limits.read_one),
+                ("read_all", limits.read_all),
+                ("int8_peak", limits.int8_peak),
+                ("f32_peak", limits.f32_peak),
+            ]))
+        })
     }
 }

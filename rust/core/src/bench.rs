@@ -1,12 +1,13 @@
-//! Kernels on their own, timed on one thread.
+//! Kernels on their own, and what the machine could do at best.
 
 use crate::error::{Error, Result};
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead};
 use crate::kernels::matmul;
 use crate::kernels::quantize::QuantTile;
+use crate::pool::Pool;
 use crate::quant::{Format, PANEL_ROWS};
 use crate::random::Random;
-use crate::simd::{Cpu, Isa, Kernel};
+use crate::simd::{Cpu, Isa, Kernel, LANES};
 use crate::tensor::AlignedBuf;
 use std::time::{Duration, Instant};
 
@@ -110,6 +111,146 @@ impl Kernel for &mut Step {
             next.fill_isa(s, d, &self.q, &self.k);
             head.step_isa(s, &next, pending, &self.gates, d, &self.v, d, &mut self.y, d);
             pending.advance(&next);
+        }
+    }
+}
+
+/// What the machine could do at best, measured on memory and on registers.
+pub struct Limits {
+    /// Bytes per second that one thread reads from memory, and all of them together.
+    pub read_one: f64,
+    pub read_all: f64,
+    /// Operations per second of one thread, two for a multiplication with its addition: dot
+    /// products of bytes, and f32.
+    pub int8_peak: f64,
+    pub f32_peak: f64,
+}
+
+/// More than any last-level cache of a laptop, by far.
+const READ_BYTES: usize = 384 << 20;
+
+/// Measures for about a second.
+pub fn limits(cpu: Cpu, threads: usize) -> Limits {
+    let mut buffer = AlignedBuf::new(READ_BYTES);
+    // Written, so that each page is its own and not the system's page of zeros.
+    buffer.chunks_exact_mut(64).for_each(|line| line[0] = 1);
+    let read = |pool: &Pool| {
+        let best = (0..5).map(|_| read_time(cpu, pool, &buffer)).min().unwrap_or(Duration::MAX);
+        READ_BYTES as f64 / best.as_secs_f64()
+    };
+    let peak = |kernel: &dyn Fn(usize) -> f64| {
+        let rate = |_| {
+            let start = Instant::now();
+            kernel(PEAK_ROUNDS) / start.elapsed().as_secs_f64()
+        };
+        (0..5).map(rate).fold(0.0, f64::max)
+    };
+    Limits {
+        read_one: read(&Pool::new(1)),
+        read_all: read(&Pool::new(threads)),
+        int8_peak: peak(&|rounds| cpu.run(Int8Peak { rounds })),
+        f32_peak: peak(&|rounds| cpu.run(F32Peak { rounds })),
+    }
+}
+
+const PEAK_ROUNDS: usize = 1 << 20;
+
+fn read_time(cpu: Cpu, pool: &Pool, buffer: &[u8]) -> Duration {
+    const PART: usize = 1 << 20;
+    let parts = buffer.len() / PART;
+    let start = Instant::now();
+    pool.team().run(
+        parts,
+        |_| (),
+        |(), part| {
+            std::hint::black_box(cpu.run(Read { bytes: &buffer[part * PART..][..PART] }));
+        },
+    );
+    start.elapsed()
+}
+
+struct Read<'a> {
+    bytes: &'a [u8],
+}
+
+impl Kernel for Read<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) -> f32 {
+        let mut sums = [s.splat(0.0); 4];
+        let lines: &[[u8; 4 * LANES]] = self.bytes.as_chunks().0;
+        for lines in lines.as_chunks::<4>().0 {
+            for i in 0..4 {
+                sums[i] = s.add(sums[i], s.load_f32(&lines[i]));
+            }
+        }
+        s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
+    }
+}
+
+/// As many independent sums as hide an instruction's latency and fit the registers.
+const SUMS: usize = 6;
+
+struct Int8Peak {
+    rounds: usize,
+}
+
+impl Kernel for Int8Peak {
+    /// Operations done.
+    type Output = f64;
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) -> f64 {
+        let codes = s.load_bytes(std::hint::black_box(&[1; 4 * LANES]));
+        let x = s.splat_bytes(std::hint::black_box([1; 4]));
+        let mut acc = [s.zero_nibbles(); SUMS];
+        for _ in 0..self.rounds {
+            for i in 0..SUMS {
+                acc[i] = s.dot_nibbles(acc[i], codes, x);
+            }
+        }
+        for acc in acc {
+            std::hint::black_box(s.sum_i32(s.end_nibbles(acc, 0)));
+        }
+        (self.rounds * SUMS * LANES * 4 * 2) as f64
+    }
+}
+
+struct F32Peak {
+    rounds: usize,
+}
+
+impl Kernel for F32Peak {
+    /// Operations done.
+    type Output = f64;
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) -> f64 {
+        let a = s.splat(std::hint::black_box(1.0));
+        let b = s.splat(std::hint::black_box(1e-9));
+        let mut acc = [a; SUMS];
+        for _ in 0..self.rounds {
+            for i in 0..SUMS {
+                acc[i] = s.fma(acc[i], a, b);
+            }
+        }
+        for acc in acc {
+            std::hint::black_box(s.sum(acc));
+        }
+        (self.rounds * SUMS * LANES * 2) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_plausible_on_every_instruction_set() {
+        for cpu in Cpu::all() {
+            let limits = limits(cpu, 2);
+            for rate in [limits.read_one, limits.read_all, limits.int8_peak, limits.f32_peak] {
+                // Slower or faster than any computer of this century is a defect of the probe.
+                assert!(rate > 1e6 && rate < 1e15, "{cpu:?} {rate:e}");
+            }
         }
     }
 }

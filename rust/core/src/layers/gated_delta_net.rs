@@ -5,8 +5,8 @@
 //! projection. Value head h reads key head h / (h_v / h_k). A key head with its value heads is one
 //! unit of work: nothing is shared between units, the state included.
 
+use super::Context;
 use super::linear::{Input, Matrix, project};
-use super::{Context, FEW_TOKENS};
 use crate::kernels::activation::gates;
 use crate::kernels::conv1d::conv1d_silu_isa;
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
@@ -231,5 +231,3 @@ fn trace_conv(trace: &Trace, heads: Heads, key: usize, first: usize, parts: [&[f
 pub fn units(threads: usize) -> Vec<Mutex<UnitScratch>> {
     (0..threads).map(|_| Mutex::default()).collect()
 }
-
-const _: () = assert!(FEW_TOKENS <= MAX_TOKENS);

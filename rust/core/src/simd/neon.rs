@@ -85,7 +85,7 @@ unsafe fn sdot(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     acc
 }
 
-/// Sums of two neighbouring products of bytes. They must fit 16 bits: all do but -128 by -128.
+/// Sums of two neighbouring products of bytes. They must fit 16 bits: two of -128 by -128 do not.
 ///
 /// # Safety
 /// The CPU must have NEON.
