@@ -48,7 +48,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     type I: Copy;
     /// 64 bytes: four consecutive ones for each of the 16 lanes.
     type B: Copy;
-    /// Four signed bytes, the same for each lane.
+    /// Four signed bytes from -127 to 127, the same for each lane.
     type X: Copy;
     /// Running dot products of codes up to 15 with signed bytes, at most 32 of them a lane.
     type N: Copy;
