@@ -138,9 +138,10 @@ impl<F: Float> FloatProduct<'_, F> {
             }
             for r in 0..R {
                 if (k * F::BYTES).is_multiple_of(64) {
-                    // The same columns of the next tile: the hardware follows a row, and rows are
-                    // too short for that to pay (1.6 times the speed from memory on Zen 5).
-                    s.prefetch(self.w, (row + R + r) * row_bytes + k * F::BYTES);
+                    // The same columns two tiles on: the hardware follows a row, and rows are too
+                    // short for that to pay. One core of a Zen 5 reads bf16 rows of 2 and 5 KB at
+                    // 29 and 32 GB/s with this, and at 19 without.
+                    s.prefetch(self.w, (row + 2 * R + r) * row_bytes + k * F::BYTES);
                 }
                 let w = F::load(s, &w[r][k * F::BYTES..(k + LANES) * F::BYTES]);
                 for m in 0..M {
