@@ -111,3 +111,16 @@ def test_another_program_that_is_not_there_is_an_error(tmp_path):
         bench.Peer(str(tmp_path / "none"), __file__)
     with pytest.raises(qdelta.FileAccessError, match="no such file"):
         bench.Peer(sys.executable, str(tmp_path / "none.gguf"))
+
+
+def test_samples_are_set_against_limits_of_their_moment(demo, monkeypatch):
+    model, config = demo
+    measured = iter([LIMITS, {**LIMITS, "read_all": 10e9}, {**LIMITS, "read_all": 20e9}])
+    monkeypatch.setattr(bench, "measure_limits", lambda isa, threads: next(measured))
+    test = bench.Test(0, 4, 0)
+    row, _ = bench.run(model, test, repetitions=3, filename="demo", config=config, limits=True)
+    moved = bench.bytes_per_token(model, 2)
+    pairs = zip(row.samples_ts, (40e9, 10e9, 20e9), strict=True)
+    assert row.of_ceiling == pytest.approx(sorted(rate * moved / read for rate, read in pairs)[1])
+    assert row.limits["read_all"] == 20e9
+    assert "of ceiling" in bench.format_rows([row], "md")

@@ -62,8 +62,8 @@ class Row:
     gb_per_s: float  # of these per second; 0 for prefill
     peak_rss: int | None  # of the process so far
     ceiling_ts: float | None = None  # tokens per second that the limits allow; None: not measured
-    of_ceiling: float | None = None  # avg_ts as a part of it
-    limits: dict[str, float] | None = None  # see `measure_limits`
+    of_ceiling: float | None = None  # median over samples of the rate as a part of it
+    limits: dict[str, float] | None = None  # see `measure_limits`; medians over samples
 
     @property
     def test(self) -> str:
@@ -122,25 +122,27 @@ def run(
     repetitions: int,
     filename: str,
     config: dict[str, Any],
-    limits: dict[str, float] | None = None,
+    limits: bool = False,
     against: Peer | None = None,
     on_sample: Callable[[], None] = lambda: None,
 ) -> tuple[Row, PeerRow | None]:
     """Time one test: a warm-up, then `repetitions` samples.
 
-    filename: names the model in the row. limits: of `measure_limits`, to set the result against.
-    against: another program that is measured in turn, sample by sample. on_sample: called after
+    filename: names the model in the row. limits: set each sample against what the machine could
+    do at that moment, see `measure_limits`; that changes on a shared machine. against: another program that is measured in turn, sample by sample. on_sample: called after
     each sample. Returns the result, and that of the other program.
     """
     sampler = Sampler(model, test)
     sampler.sample()
-    samples, theirs = [], []
+    samples, theirs, best = [], [], []
     for _ in range(repetitions):
+        if limits:
+            best.append(measure_limits(model.isa, model.threads))
         samples.append(sampler.sample())
         if against is not None:
             theirs.append(against.sample(test, model.threads))
         on_sample()
-    row = _row(model, test, samples, filename, config, limits)
+    row = _row(model, test, samples, filename, config, best)
     return row, against.row(row, theirs) if against is not None else None
 
 
@@ -263,13 +265,14 @@ def _row(
     samples: list[int],
     filename: str,
     config: dict[str, Any],
-    limits: dict[str, float] | None,
+    limits: Sequence[dict[str, float]],
 ) -> Row:
     n = test.n_prompt or test.n_gen
     rates = [n * 1e9 / sample for sample in samples]
     rate = statistics.fmean(rates)
     moved = bytes_per_token(model, test.n_depth + test.n_gen // 2) if test.n_gen else 0
-    best = ceiling(model, test, config, limits) if limits else None
+    ceilings = [ceiling(model, test, config, each) for each in limits]
+    parts = [rate / best for rate, best in zip(rates, ceilings, strict=bool(limits))]
     return Row(
         build_commit=__version__,
         build_number=0,
@@ -299,9 +302,11 @@ def _row(
         bytes_per_token=moved,
         gb_per_s=moved * rate / 1e9,
         peak_rss=peak_rss(),
-        ceiling_ts=best,
-        of_ceiling=rate / best if best else None,
-        limits=limits,
+        ceiling_ts=statistics.median(ceilings) if limits else None,
+        of_ceiling=statistics.median(parts) if limits else None,
+        limits={name: statistics.median(each[name] for each in limits) for name in limits[0]}
+        if limits
+        else None,
     )
 
 

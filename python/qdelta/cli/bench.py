@@ -135,7 +135,6 @@ def bench(
                     path, quant=quant, cache=cache, threads=count, kv=kv, isa=isa
                 )
             name = model_name or f"synthetic {synthetic}"
-            best = benchmark.measure_limits(model.isa, model.threads) if limits else None
             for case in cases:
                 row, peer_row = benchmark.run(
                     model,
@@ -143,7 +142,7 @@ def bench(
                     repetitions=repetitions,
                     filename=name,
                     config=config,
-                    limits=best,
+                    limits=limits,
                     against=peer,
                     on_sample=lambda: bar.update(1),
                 )
