@@ -129,8 +129,9 @@ def run(
     """Time one test: a warm-up, then `repetitions` samples.
 
     filename: names the model in the row. limits: set each sample against what the machine could
-    do at that moment, see `measure_limits`; that changes on a shared machine. against: another program that is measured in turn, sample by sample. on_sample: called after
-    each sample. Returns the result, and that of the other program.
+    do at that moment, see `measure_limits`; that changes on a shared machine. against: another
+    program that is measured in turn, sample by sample. on_sample: called after each sample.
+    Returns the result, and that of the other program.
     """
     sampler = Sampler(model, test)
     sampler.sample()
