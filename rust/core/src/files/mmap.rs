@@ -16,6 +16,8 @@ use std::sync::Arc;
 /// A file in memory, and what it was when it was mapped.
 pub struct Mapping {
     map: Mmap,
+    /// To ask about this very file, whatever its path leads to by now.
+    file: File,
     path: PathBuf,
     source: SourceFile,
 }
@@ -38,7 +40,7 @@ impl Mapping {
                 source.bytes
             )));
         }
-        Ok(Arc::new(Mapping { map, path: path.to_owned(), source }))
+        Ok(Arc::new(Mapping { map, file, path: path.to_owned(), source }))
     }
 
     pub fn path(&self) -> &Path {
@@ -78,9 +80,11 @@ impl Mapping {
         };
     }
 
-    /// An error if the file at this path is not the one that was mapped.
+    /// An error if the mapped file has changed. It may have lost its name, or be found under
+    /// another path from another working folder: its bytes are still there.
     pub fn check_unchanged(&self) -> Result<()> {
-        let now = stat(&self.path)?;
+        let metadata = self.file.metadata().map_err(|e| Error::io(&self.path, e))?;
+        let now = SourceFile::new(&self.path, &metadata);
         let path = self.path.display();
         if now.bytes != self.source.bytes {
             return Err(Error::File(format!(
@@ -150,9 +154,21 @@ mod tests {
         file.set_len(4).expect("a shorter file");
         let error = mapping.check_unchanged().expect_err("another size").to_string();
         assert!(error.ends_with("data: changed while in use: 4 bytes, expected 10"), "{error}");
+    }
 
+    #[test]
+    #[cfg(unix)]
+    fn a_file_that_lost_its_name_is_unchanged() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (path, other) = (folder.path().join("data"), folder.path().join("other"));
+        fs::write(&path, b"0123456789").expect("a file");
+        let mapping = Mapping::open(&path).expect("a mapping");
+        fs::write(&other, b"abc").expect("a file");
+        fs::rename(&other, &path).expect("another file in its place");
+        mapping.check_unchanged().expect("the mapped file is as it was");
         fs::remove_file(&path).expect("the file");
-        assert!(matches!(mapping.check_unchanged(), Err(Error::Io { .. })));
+        mapping.check_unchanged().expect("the mapped file is as it was");
+        assert_eq!(mapping.bytes()[..], *b"0123456789");
     }
 
     #[test]

@@ -71,6 +71,9 @@ const MOST: u64 = 1 << 21;
 const MOST_LAYERS: u64 = 1 << 12;
 /// Nor are the elements of a tensor, so that sizes computed from them cannot overflow.
 const MOST_ELEMENTS: u64 = 1 << 40;
+/// Nor are the elements of a session's recurrent states, 4 GiB. No tensor has their shape, so small
+/// files could ask for any size. Those of the published 27B are less than a twentieth of it.
+const MOST_STATE: u64 = 1 << 30;
 
 impl Config {
     /// Reads config.json. `file` is named in errors.
@@ -151,6 +154,21 @@ impl Config {
             return Err(Error::Unsupported(format!(
                 "{file}: `mtp_num_hidden_layers` is {}, supported are 0 and 1",
                 self.mtp_num_hidden_layers
+            )));
+        }
+        let state = [
+            self.linear_num_value_heads,
+            self.linear_key_head_dim,
+            // As the kernels store it.
+            self.linear_value_head_dim.next_multiple_of(16),
+            self.layers_of(LayerType::LinearAttention),
+        ];
+        let elements = state.iter().try_fold(1u64, |n, size| n.checked_mul(*size as u64));
+        if elements.is_none_or(|n| n > MOST_STATE) {
+            return Err(Error::File(format!(
+                "{file}: `linear_num_value_heads`, `linear_key_head_dim`, `linear_value_head_dim` \
+                 and its linear layers give the recurrent states the shape {state:?}, expected at \
+                 most {MOST_STATE} elements"
             )));
         }
         let vision = self.vision.as_ref().map(vision_tensors).unwrap_or_default();
@@ -525,6 +543,18 @@ mod tests {
             error.to_string().contains("q_proj.weight` the shape [8796093022208, 2097152]"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn states_that_no_tensor_bounds() {
+        for (d_k, d_v) in [(1 << 19, 1 << 19), (1 << 21, 1 << 21)] {
+            let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
+            json["linear_key_head_dim"] = Value::from(d_k);
+            json["linear_value_head_dim"] = Value::from(d_v);
+            let error = Config::from_json(&json.to_string(), "config.json").expect_err("too large");
+            let shape = format!("recurrent states the shape [4, {d_k}, {d_v}, 3]");
+            assert!(error.to_string().contains(&shape), "{error}");
+        }
     }
 
     #[test]
