@@ -44,20 +44,13 @@ impl Packed for W4 {
         sums: &[i32; M],
     ) -> [S::I; M] {
         let codes: &[[u8; 4 * LANES]] = block.as_chunks().0;
+        let (x, _) = x.as_chunks();
         let mut acc = [s.zero_nibbles(); M];
         for t in 4 * g..4 * g + 4 {
             let w = s.load_bytes(&codes[1 + t]);
-            let (low, high) = (s.low_nibbles(w), s.high_nibbles(w));
-            for m in 0..M {
-                acc[m] = s.dot_nibbles(acc[m], low, s.splat_bytes(x[2 * t][m]));
-                acc[m] = s.dot_nibbles(acc[m], high, s.splat_bytes(x[2 * t + 1][m]));
-            }
+            s.dot_nibbles_tile(&mut acc, [s.low_nibbles(w), s.high_nibbles(w)], &x[t]);
         }
-        let mut out = [s.splat_i32(0); M];
-        for m in 0..M {
-            out[m] = s.end_nibbles(acc[m], -ZERO * sums[m]);
-        }
-        out
+        s.end_nibbles_tile(acc, sums.map(|sum| -ZERO * sum))
     }
 
     #[inline(always)]

@@ -45,13 +45,12 @@ impl Packed for W8 {
         for m in 0..M {
             acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
         }
-        for t in GROUP_STEPS * g..GROUP_STEPS * (g + 1) {
-            let w = s.load_bytes(&codes[1 + t]);
-            for m in 0..M {
-                acc[m] = s.dot_bytes(acc[m], w, s.splat_bytes(x[t][m]));
-            }
+        let (x, _) = x.as_chunks();
+        for t in GROUP_STEPS / 2 * g..GROUP_STEPS / 2 * (g + 1) {
+            let codes = [s.load_bytes(&codes[1 + 2 * t]), s.load_bytes(&codes[2 + 2 * t])];
+            s.dot_bytes_tile(&mut acc, codes, &x[t]);
         }
-        acc
+        s.end_bytes_tile(acc)
     }
 
     #[inline(always)]

@@ -109,6 +109,83 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I;
     /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
     fn prefetch(self, x: &[u8], at: usize);
+
+    /// `dot_nibbles` with M tokens of two steps: columns of which `codes[0]` has the first four and
+    /// `codes[1]` the next. x: the tokens of both steps. An instruction that takes several tokens
+    /// at once leaves their sums mixed until [`end_nibbles_tile`](Isa::end_nibbles_tile).
+    #[inline(always)]
+    fn dot_nibbles_tile<const M: usize>(
+        self,
+        acc: &mut [Self::N; M],
+        codes: [Self::B; 2],
+        x: &[[[i8; 4]; M]; 2],
+    ) {
+        each_token::nibbles(self, acc, codes, x);
+    }
+    /// The sums of each token, plus its start.
+    #[inline(always)]
+    fn end_nibbles_tile<const M: usize>(self, acc: [Self::N; M], starts: [i32; M]) -> [Self::I; M] {
+        each_token::end_nibbles(self, acc, starts)
+    }
+    /// `dot_bytes` with M tokens of two steps, as [`dot_nibbles_tile`](Isa::dot_nibbles_tile).
+    #[inline(always)]
+    fn dot_bytes_tile<const M: usize>(
+        self,
+        acc: &mut [Self::I; M],
+        codes: [Self::B; 2],
+        x: &[[[i8; 4]; M]; 2],
+    ) {
+        each_token::bytes(self, acc, codes, x);
+    }
+    /// The sums of each token.
+    #[inline(always)]
+    fn end_bytes_tile<const M: usize>(self, acc: [Self::I; M]) -> [Self::I; M] {
+        acc
+    }
+}
+
+/// Products with a tile of tokens where the instructions take one token at a time.
+mod each_token {
+    use super::Isa;
+
+    #[inline(always)]
+    pub fn nibbles<S: Isa, const M: usize>(
+        s: S,
+        acc: &mut [S::N; M],
+        codes: [S::B; 2],
+        x: &[[[i8; 4]; M]; 2],
+    ) {
+        for m in 0..M {
+            acc[m] = s.dot_nibbles(acc[m], codes[0], s.splat_bytes(x[0][m]));
+            acc[m] = s.dot_nibbles(acc[m], codes[1], s.splat_bytes(x[1][m]));
+        }
+    }
+
+    #[inline(always)]
+    pub fn end_nibbles<S: Isa, const M: usize>(
+        s: S,
+        acc: [S::N; M],
+        starts: [i32; M],
+    ) -> [S::I; M] {
+        let mut out = [s.splat_i32(0); M];
+        for m in 0..M {
+            out[m] = s.end_nibbles(acc[m], starts[m]);
+        }
+        out
+    }
+
+    #[inline(always)]
+    pub fn bytes<S: Isa, const M: usize>(
+        s: S,
+        acc: &mut [S::I; M],
+        codes: [S::B; 2],
+        x: &[[[i8; 4]; M]; 2],
+    ) {
+        for m in 0..M {
+            acc[m] = s.dot_bytes(acc[m], codes[0], s.splat_bytes(x[0][m]));
+            acc[m] = s.dot_bytes(acc[m], codes[1], s.splat_bytes(x[1][m]));
+        }
+    }
 }
 
 /// A computation that runs on any instruction set. `run` must be `#[inline(always)]`.
@@ -128,9 +205,11 @@ pub enum Cpu {
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
     #[cfg(target_arch = "aarch64")]
-    Neon(Neon<false>),
+    Neon(Neon<false, false>),
     #[cfg(target_arch = "aarch64")]
-    NeonDotprod(Neon<true>),
+    NeonDotprod(Neon<true, false>),
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm(Neon<true, true>),
 }
 
 /// Runs `$body` with `$s` bound to the instruction set of `$cpu`.
@@ -148,6 +227,8 @@ macro_rules! dispatch {
             Cpu::Neon($s) => $body,
             #[cfg(target_arch = "aarch64")]
             Cpu::NeonDotprod($s) => $body,
+            #[cfg(target_arch = "aarch64")]
+            Cpu::NeonI8mm($s) => $body,
         }
     };
 }
@@ -164,8 +245,9 @@ impl Cpu {
         }
         #[cfg(target_arch = "aarch64")]
         {
-            all.extend(Neon::<true>::detect().map(Cpu::NeonDotprod));
-            all.extend(Neon::<false>::detect().map(Cpu::Neon));
+            all.extend(Neon::<true, true>::detect().map(Cpu::NeonI8mm));
+            all.extend(Neon::<true, false>::detect().map(Cpu::NeonDotprod));
+            all.extend(Neon::<false, false>::detect().map(Cpu::Neon));
         }
         all.push(Cpu::Portable(Portable));
         all
@@ -201,6 +283,8 @@ impl Cpu {
             Cpu::Neon(_) => "neon",
             #[cfg(target_arch = "aarch64")]
             Cpu::NeonDotprod(_) => "neon_dotprod",
+            #[cfg(target_arch = "aarch64")]
+            Cpu::NeonI8mm(_) => "neon_i8mm",
         }
     }
 

@@ -1,44 +1,23 @@
-//! NEON, and the same with the dot product instructions: a vector is four registers of four lanes.
+//! NEON, and the same with the dot product and the matrix product instructions: a vector is four
+//! registers of four lanes.
 //!
-//! With them `sdot` adds four products of signed bytes to each lane: codes up to 15 are signed bytes
-//! already, larger ones become signed by their highest bit. Without them products are widened to
+//! With the former `sdot` adds four products of signed bytes to each lane: codes up to 15 are signed bytes
+//! already, larger ones become signed by their highest bit. Without it products are widened to
 //! 16 bits and added in pairs, which holds a whole group of codes up to 15:
 //! 2 * 8 * 15 * 127 = 30 480.
 //!
-//! `sdot` and `prfm` are written as assembly: there is no stable intrinsic. `smmla` is not used: it
-//! multiplies two rows by two tokens over eight columns, another shape than a dot product a lane.
+//! With the latter `smmla` multiplies two rows by two tokens over eight columns, twice the work of
+//! `sdot`. Two tokens then share their eight registers of sums:
+//!
+//!     acc[m][i]:      rows 4i, 4i+1 by tokens m, m+1      [r0 t0, r0 t1, r1 t0, r1 t1]
+//!     acc[m+1][i]:    rows 4i+2, 4i+3 by the same
+//!
+//! A token left over takes `sdot`. `sdot`, `smmla` and `prfm` are written as assembly: there is no
+//! stable intrinsic.
 
-use super::{Isa, Kernel, LANES};
+use super::{Isa, Kernel, LANES, each_token};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
-
-/// Proof that the CPU has NEON, and the dot product instructions if `DOTPROD`.
-#[derive(Clone, Copy)]
-pub struct Neon<const DOTPROD: bool>(());
-
-impl<const DOTPROD: bool> Neon<DOTPROD> {
-    pub fn detect() -> Option<Self> {
-        // Bytes are reinterpreted as wider lanes, in the order of the files.
-        (cfg!(target_endian = "little")
-            && is_aarch64_feature_detected!("neon")
-            && (!DOTPROD || is_aarch64_feature_detected!("dotprod")))
-        .then_some(Neon(()))
-    }
-}
-
-/// # Safety
-/// The CPU must have NEON: holding a [`Neon`] proves it.
-#[target_feature(enable = "neon")]
-unsafe fn enter<K: Kernel>(s: Neon<false>, kernel: K) -> K::Output {
-    kernel.run(s)
-}
-
-/// # Safety
-/// The CPU must have the features named: holding a [`Neon`] with `DOTPROD` proves it.
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn enter_dotprod<K: Kernel>(s: Neon<true>, kernel: K) -> K::Output {
-    kernel.run(s)
-}
 
 /// An intrinsic on values. Loads and stores are written out where they occur.
 macro_rules! op {
@@ -66,6 +45,50 @@ macro_rules! each {
     };
 }
 
+/// Proof that the CPU has NEON, the dot product instructions if `DOTPROD`, and both those and the
+/// matrix product instructions if `I8MM`.
+#[derive(Clone, Copy)]
+pub struct Neon<const DOTPROD: bool, const I8MM: bool>(());
+
+impl<const DOTPROD: bool, const I8MM: bool> Neon<DOTPROD, I8MM> {
+    pub fn detect() -> Option<Self> {
+        // Bytes are reinterpreted as wider lanes, in the order of the files.
+        (cfg!(target_endian = "little")
+            && is_aarch64_feature_detected!("neon")
+            && (!(DOTPROD || I8MM) || is_aarch64_feature_detected!("dotprod"))
+            && (!I8MM || is_aarch64_feature_detected!("i8mm")))
+        .then_some(Neon(()))
+    }
+
+    /// Codes with the offset 128 as signed bytes.
+    #[inline(always)]
+    fn signed(self, codes: [uint8x16_t; 4]) -> [int8x16_t; 4] {
+        let signed = each!(veorq_u8(codes, [vdupq_n_u8(128); 4]));
+        each!(vreinterpretq_s8_u8(signed))
+    }
+}
+
+/// # Safety
+/// The CPU must have NEON: holding a [`Neon`] proves it.
+#[target_feature(enable = "neon")]
+unsafe fn enter<K: Kernel>(s: Neon<false, false>, kernel: K) -> K::Output {
+    kernel.run(s)
+}
+
+/// # Safety
+/// The CPU must have the features named: holding a [`Neon`] with `DOTPROD` proves it.
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn enter_dotprod<K: Kernel>(s: Neon<true, false>, kernel: K) -> K::Output {
+    kernel.run(s)
+}
+
+/// # Safety
+/// The CPU must have the features named: holding a [`Neon`] with `I8MM` proves it.
+#[target_feature(enable = "neon,dotprod,i8mm")]
+unsafe fn enter_i8mm<K: Kernel>(s: Neon<true, true>, kernel: K) -> K::Output {
+    kernel.run(s)
+}
+
 /// acc + sum of a b over the four bytes of each lane.
 ///
 /// # Safety
@@ -85,6 +108,25 @@ unsafe fn sdot(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     acc
 }
 
+/// acc + a b^T for two rows of eight bytes each: [a0 b0, a0 b1, a1 b0, a1 b1].
+///
+/// # Safety
+/// The CPU must have the matrix product instructions.
+#[inline(always)]
+unsafe fn smmla(mut acc: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: the caller promises the instruction; it touches registers only.
+    unsafe {
+        asm!(
+            "smmla {acc:v}.4s, {a:v}.16b, {b:v}.16b",
+            acc = inout(vreg) acc,
+            a = in(vreg) a,
+            b = in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    acc
+}
+
 /// Sums of two neighbouring products of bytes. They must fit 16 bits: two of -128 by -128 do not.
 ///
 /// # Safety
@@ -95,9 +137,68 @@ unsafe fn pairs(a: int8x16_t, b: int8x16_t) -> int16x8_t {
     unsafe { vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)) }
 }
 
-impl<const DOTPROD: bool> Isa for Neon<DOTPROD> {
-    // Three integer and three float accumulators of four registers leave 8 of 32.
-    const TILE_TOKENS: usize = 3;
+/// acc + the products of two steps with M tokens, two tokens at once.
+///
+/// first, second: four columns each of 16 rows, as signed bytes.
+///
+/// # Safety
+/// The CPU must have the dot product and the matrix product instructions.
+#[inline(always)]
+unsafe fn products_of_pairs<const M: usize>(
+    acc: &mut [[int32x4_t; 4]; M],
+    first: [int8x16_t; 4],
+    second: [int8x16_t; 4],
+    x: &[[[i8; 4]; M]; 2],
+) {
+    let word = |x: [i8; 4]| i32::from_ne_bytes(x.map(|x| x as u8));
+    // SAFETY: the caller promises the instructions; all work is on registers.
+    unsafe {
+        let pair = |i: usize| (vreinterpretq_s32_s8(first[i]), vreinterpretq_s32_s8(second[i]));
+        for m in (0..M / 2 * 2).step_by(2) {
+            let tokens = [word(x[0][m]), word(x[1][m]), word(x[0][m + 1]), word(x[1][m + 1])];
+            let tokens = vreinterpretq_s8_s32(vld1q_s32(tokens.as_ptr()));
+            for i in 0..4 {
+                let (first, second) = pair(i);
+                let rows = vreinterpretq_s8_s32(vzip1q_s32(first, second));
+                acc[m][i] = smmla(acc[m][i], rows, tokens);
+                let rows = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+                acc[m + 1][i] = smmla(acc[m + 1][i], rows, tokens);
+            }
+        }
+        if M % 2 == 1 {
+            for (codes, x) in [first, second].into_iter().zip(x) {
+                let x = vreinterpretq_s8_s32(vdupq_n_s32(word(x[M - 1])));
+                for i in 0..4 {
+                    acc[M - 1][i] = sdot(acc[M - 1][i], codes[i], x);
+                }
+            }
+        }
+    }
+}
+
+/// The sums of [`products_of_pairs`] by token.
+///
+/// # Safety
+/// The CPU must have NEON.
+#[inline(always)]
+unsafe fn part_pairs<const M: usize>(acc: [[int32x4_t; 4]; M]) -> [[int32x4_t; 4]; M] {
+    let mut out = acc;
+    for m in (0..M / 2 * 2).step_by(2) {
+        for i in 0..4 {
+            // SAFETY: the caller promises NEON; the intrinsics touch no memory.
+            unsafe {
+                out[m][i] = vuzp1q_s32(acc[m][i], acc[m + 1][i]);
+                out[m + 1][i] = vuzp2q_s32(acc[m][i], acc[m + 1][i]);
+            }
+        }
+    }
+    out
+}
+
+impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
+    // Three integer and three float accumulators of four registers leave 8 of 32. Two pairs of
+    // tokens fill them: the float sums wait in the cache while a group is multiplied.
+    const TILE_TOKENS: usize = if I8MM { 4 } else { 3 };
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
@@ -112,7 +213,10 @@ impl<const DOTPROD: bool> Isa for Neon<DOTPROD> {
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        if DOTPROD {
+        if I8MM {
+            // SAFETY: `self` proves the features.
+            unsafe { enter_i8mm(Neon(()), kernel) }
+        } else if DOTPROD {
             // SAFETY: `self` proves the features.
             unsafe { enter_dotprod(Neon(()), kernel) }
         } else {
@@ -337,8 +441,7 @@ impl<const DOTPROD: bool> Isa for Neon<DOTPROD> {
     }
     #[inline(always)]
     fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
-        let signed = each!(veorq_u8(codes, [vdupq_n_u8(128); 4]));
-        let signed = each!(vreinterpretq_s8_u8(signed));
+        let signed = self.signed(codes);
         if DOTPROD {
             each!(sdot(acc, signed, [x; 4]))
         } else {
@@ -356,6 +459,48 @@ impl<const DOTPROD: bool> Isa for Neon<DOTPROD> {
                 options(readonly, nostack, preserves_flags),
             );
         }
+    }
+
+    #[inline(always)]
+    fn dot_nibbles_tile<const M: usize>(
+        self,
+        acc: &mut [Self::N; M],
+        codes: [Self::B; 2],
+        x: &[[[i8; 4]; M]; 2],
+    ) {
+        if I8MM {
+            let [low, high] = codes.map(|codes| each!(vreinterpretq_s8_u8(codes)));
+            // SAFETY: `self` proves the instructions.
+            unsafe { products_of_pairs(acc, low, high, x) }
+        } else {
+            each_token::nibbles(self, acc, codes, x);
+        }
+    }
+    #[inline(always)]
+    fn end_nibbles_tile<const M: usize>(self, acc: [Self::N; M], starts: [i32; M]) -> [Self::I; M] {
+        // SAFETY: `self` proves NEON.
+        let acc = if I8MM { unsafe { part_pairs(acc) } } else { acc };
+        each_token::end_nibbles(self, acc, starts)
+    }
+    #[inline(always)]
+    fn dot_bytes_tile<const M: usize>(
+        self,
+        acc: &mut [Self::I; M],
+        codes: [Self::B; 2],
+        x: &[[[i8; 4]; M]; 2],
+    ) {
+        if I8MM {
+            let [first, second] = codes.map(|codes| self.signed(codes));
+            // SAFETY: `self` proves the instructions.
+            unsafe { products_of_pairs(acc, first, second, x) }
+        } else {
+            each_token::bytes(self, acc, codes, x);
+        }
+    }
+    #[inline(always)]
+    fn end_bytes_tile<const M: usize>(self, acc: [Self::I; M]) -> [Self::I; M] {
+        // SAFETY: `self` proves NEON.
+        if I8MM { unsafe { part_pairs(acc) } } else { acc }
     }
 }
 
