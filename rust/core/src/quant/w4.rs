@@ -43,14 +43,9 @@ impl Packed for W4 {
         x: &[[[i8; 4]; M]; BLOCK_STEPS],
         sums: &[i32; M],
     ) -> [S::I; M] {
-        let codes: &[[u8; 4 * LANES]] = block.as_chunks().0;
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let (x, _) = x.as_chunks();
-        let mut acc = [s.zero_nibbles(); M];
-        for t in 4 * g..4 * g + 4 {
-            let w = s.load_bytes(&codes[1 + t]);
-            s.dot_nibbles_tile(&mut acc, [s.low_nibbles(w), s.high_nibbles(w)], &x[t]);
-        }
-        s.end_nibbles_tile(acc, sums.map(|sum| -ZERO * sum))
+        s.dot_nibbles_group(&codes[g], &x[g], sums.map(|sum| -ZERO * sum))
     }
 
     #[inline(always)]

@@ -40,17 +40,9 @@ impl Packed for W8 {
         x: &[[[i8; 4]; M]; BLOCK_STEPS],
         sums: &[i32; M],
     ) -> [S::I; M] {
-        let codes: &[[u8; 4 * LANES]] = block.as_chunks().0;
-        let mut acc = [s.splat_i32(0); M];
-        for m in 0..M {
-            acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
-        }
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let (x, _) = x.as_chunks();
-        for t in GROUP_STEPS / 2 * g..GROUP_STEPS / 2 * (g + 1) {
-            let codes = [s.load_bytes(&codes[1 + 2 * t]), s.load_bytes(&codes[2 + 2 * t])];
-            s.dot_bytes_tile(&mut acc, codes, &x[t]);
-        }
-        s.end_bytes_tile(acc)
+        s.dot_bytes_group(&codes[g], &x[g], sums.map(|sum| -S::BYTE_BIAS * sum))
     }
 
     #[inline(always)]

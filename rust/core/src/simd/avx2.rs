@@ -4,7 +4,7 @@
 //! saturates. Codes up to 15 leave room for a whole group: 16 * 2 * 15 * 127 / 2 = 30 480 after
 //! eight steps. Larger codes are widened at once, as |w| and x with the sign of w.
 
-use super::{Isa, Kernel, LANES};
+use super::{Isa, Kernel, LANES, each_token};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
@@ -56,9 +56,28 @@ macro_rules! both {
     };
 }
 
+impl<const VNNI: bool> Avx2<VNNI> {
+    /// `dot_nibbles` of eight rows.
+    #[inline(always)]
+    fn add_nibbles(self, acc: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+        if VNNI {
+            op!(_mm256_dpbusd_avx_epi32(acc, codes, x))
+        } else {
+            op!(_mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)))
+        }
+    }
+
+    /// The running sums of eight rows as i32.
+    #[inline(always)]
+    fn pairs_of_nibbles(self, acc: __m256i) -> __m256i {
+        if VNNI { acc } else { op!(_mm256_madd_epi16(acc, _mm256_set1_epi16(1))) }
+    }
+}
+
 impl<const VNNI: bool> Isa for Avx2<VNNI> {
-    // Three integer and three float accumulators of two registers leave 4 of 16.
-    const TILE_TOKENS: usize = 3;
+    // Three integer and three float accumulators of two registers leave 4 of 16. Without VNNI half
+    // the integer accumulators are in use at a time, and the float ones wait in the cache.
+    const TILE_TOKENS: usize = if VNNI { 3 } else { 6 };
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
@@ -267,20 +286,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
     #[inline(always)]
     fn dot_nibbles(self, acc: Self::N, codes: Self::B, x: Self::X) -> Self::N {
-        if VNNI {
-            self.dot_bytes(acc, codes, x)
-        } else {
-            op!([
-                _mm256_add_epi16(acc[0], _mm256_maddubs_epi16(codes[0], x)),
-                _mm256_add_epi16(acc[1], _mm256_maddubs_epi16(codes[1], x)),
-            ])
-        }
+        [self.add_nibbles(acc[0], codes[0], x), self.add_nibbles(acc[1], codes[1], x)]
     }
     #[inline(always)]
     fn end_nibbles(self, acc: Self::N, start: i32) -> Self::I {
-        let one = op!(_mm256_set1_epi16(1));
-        let acc = if VNNI { acc } else { both!(_mm256_madd_epi16(acc, [one; 2])) };
-        self.add_i32(acc, self.splat_i32(start))
+        self.add_i32(acc.map(|acc| self.pairs_of_nibbles(acc)), self.splat_i32(start))
     }
     #[inline(always)]
     fn splat_i32(self, x: i32) -> Self::I {
@@ -305,5 +315,39 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     fn prefetch(self, x: &[u8], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }
+    }
+
+    // Without VNNI eight rows at a time, so that twice as many tokens fit the registers: 200 to 260
+    // billion operations per second on a Zen 5 core, against 200. With VNNI it lost a tenth.
+    #[inline(always)]
+    fn dot_nibbles_group<const M: usize>(
+        self,
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        start: [i32; M],
+    ) -> [Self::I; M] {
+        if VNNI {
+            return each_token::nibbles(self, codes, x, start);
+        }
+        let mask = op!(_mm256_set1_epi8(15));
+        let mut out = [self.splat_i32(0); M];
+        for half in 0..2 {
+            let mut acc = [op!(_mm256_setzero_si256()); M];
+            for t in 0..4 {
+                // SAFETY: either half of 64 bytes is 32 readable ones.
+                let w = unsafe { _mm256_loadu_si256(codes[t].as_ptr().add(32 * half).cast()) };
+                let low = op!(_mm256_and_si256(w, mask));
+                let high = op!(_mm256_and_si256(_mm256_srli_epi16::<4>(w), mask));
+                for m in 0..M {
+                    acc[m] = self.add_nibbles(acc[m], low, self.splat_bytes(x[2 * t][m]));
+                    acc[m] = self.add_nibbles(acc[m], high, self.splat_bytes(x[2 * t + 1][m]));
+                }
+            }
+            for m in 0..M {
+                let start = op!(_mm256_set1_epi32(start[m]));
+                out[m][half] = op!(_mm256_add_epi32(start, self.pairs_of_nibbles(acc[m])));
+            }
+        }
+        out
     }
 }

@@ -110,66 +110,56 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
     fn prefetch(self, x: &[u8], at: usize);
 
-    /// `dot_nibbles` with M tokens of two steps: columns of which `codes[0]` has the first four and
-    /// `codes[1]` the next. x: the tokens of both steps. An instruction that takes several tokens
-    /// at once leaves their sums mixed until [`end_nibbles_tile`](Isa::end_nibbles_tile).
+    /// Dot products of 32 columns with M tokens: `start` + sum of codes x, codes up to 15.
+    ///
+    /// codes: eight columns each, of which the low nibbles have the first four and the high ones
+    /// the next; x: four columns each, tokens innermost.
     #[inline(always)]
-    fn dot_nibbles_tile<const M: usize>(
+    fn dot_nibbles_group<const M: usize>(
         self,
-        acc: &mut [Self::N; M],
-        codes: [Self::B; 2],
-        x: &[[[i8; 4]; M]; 2],
-    ) {
-        each_token::nibbles(self, acc, codes, x);
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        start: [i32; M],
+    ) -> [Self::I; M] {
+        each_token::nibbles(self, codes, x, start)
     }
-    /// The sums of each token, plus its start.
+    /// As `dot_nibbles_group` for codes of a byte: start + sum of (code - 128 + BYTE_BIAS) x.
+    ///
+    /// codes, x: four columns each.
     #[inline(always)]
-    fn end_nibbles_tile<const M: usize>(self, acc: [Self::N; M], starts: [i32; M]) -> [Self::I; M] {
-        each_token::end_nibbles(self, acc, starts)
-    }
-    /// `dot_bytes` with M tokens of two steps, as [`dot_nibbles_tile`](Isa::dot_nibbles_tile).
-    #[inline(always)]
-    fn dot_bytes_tile<const M: usize>(
+    fn dot_bytes_group<const M: usize>(
         self,
-        acc: &mut [Self::I; M],
-        codes: [Self::B; 2],
-        x: &[[[i8; 4]; M]; 2],
-    ) {
-        each_token::bytes(self, acc, codes, x);
-    }
-    /// The sums of each token.
-    #[inline(always)]
-    fn end_bytes_tile<const M: usize>(self, acc: [Self::I; M]) -> [Self::I; M] {
-        acc
+        codes: &[[u8; 4 * LANES]; 8],
+        x: &[[[i8; 4]; M]; 8],
+        start: [i32; M],
+    ) -> [Self::I; M] {
+        each_token::bytes(self, codes, x, start)
     }
 }
 
-/// Products with a tile of tokens where the instructions take one token at a time.
+/// Products of a group of columns with several tokens, one after the other.
 mod each_token {
-    use super::Isa;
+    use super::{Isa, LANES};
 
     #[inline(always)]
     pub fn nibbles<S: Isa, const M: usize>(
         s: S,
-        acc: &mut [S::N; M],
-        codes: [S::B; 2],
-        x: &[[[i8; 4]; M]; 2],
-    ) {
-        for m in 0..M {
-            acc[m] = s.dot_nibbles(acc[m], codes[0], s.splat_bytes(x[0][m]));
-            acc[m] = s.dot_nibbles(acc[m], codes[1], s.splat_bytes(x[1][m]));
-        }
-    }
-
-    #[inline(always)]
-    pub fn end_nibbles<S: Isa, const M: usize>(
-        s: S,
-        acc: [S::N; M],
-        starts: [i32; M],
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        start: [i32; M],
     ) -> [S::I; M] {
+        let mut acc = [s.zero_nibbles(); M];
+        for t in 0..4 {
+            let w = s.load_bytes(&codes[t]);
+            let (low, high) = (s.low_nibbles(w), s.high_nibbles(w));
+            for m in 0..M {
+                acc[m] = s.dot_nibbles(acc[m], low, s.splat_bytes(x[2 * t][m]));
+                acc[m] = s.dot_nibbles(acc[m], high, s.splat_bytes(x[2 * t + 1][m]));
+            }
+        }
         let mut out = [s.splat_i32(0); M];
         for m in 0..M {
-            out[m] = s.end_nibbles(acc[m], starts[m]);
+            out[m] = s.end_nibbles(acc[m], start[m]);
         }
         out
     }
@@ -177,14 +167,21 @@ mod each_token {
     #[inline(always)]
     pub fn bytes<S: Isa, const M: usize>(
         s: S,
-        acc: &mut [S::I; M],
-        codes: [S::B; 2],
-        x: &[[[i8; 4]; M]; 2],
-    ) {
+        codes: &[[u8; 4 * LANES]; 8],
+        x: &[[[i8; 4]; M]; 8],
+        start: [i32; M],
+    ) -> [S::I; M] {
+        let mut acc = [s.splat_i32(0); M];
         for m in 0..M {
-            acc[m] = s.dot_bytes(acc[m], codes[0], s.splat_bytes(x[0][m]));
-            acc[m] = s.dot_bytes(acc[m], codes[1], s.splat_bytes(x[1][m]));
+            acc[m] = s.splat_i32(start[m]);
         }
+        for t in 0..8 {
+            let w = s.load_bytes(&codes[t]);
+            for m in 0..M {
+                acc[m] = s.dot_bytes(acc[m], w, s.splat_bytes(x[t][m]));
+            }
+        }
+        acc
     }
 }
 

@@ -66,6 +66,24 @@ impl<const DOTPROD: bool, const I8MM: bool> Neon<DOTPROD, I8MM> {
         let signed = each!(veorq_u8(codes, [vdupq_n_u8(128); 4]));
         each!(vreinterpretq_s8_u8(signed))
     }
+
+    /// The sums of [`products_of_pairs`] by token, plus each token's start.
+    #[inline(always)]
+    fn part_pairs<const M: usize>(
+        self,
+        acc: [[int32x4_t; 4]; M],
+        start: [i32; M],
+    ) -> [[int32x4_t; 4]; M] {
+        let mut out = acc;
+        for m in (0..M / 2 * 2).step_by(2) {
+            out[m] = each!(vuzp1q_s32(acc[m], acc[m + 1]));
+            out[m + 1] = each!(vuzp2q_s32(acc[m], acc[m + 1]));
+        }
+        for m in 0..M {
+            out[m] = self.add_i32(out[m], self.splat_i32(start[m]));
+        }
+        out
+    }
 }
 
 /// # Safety
@@ -148,7 +166,7 @@ unsafe fn products_of_pairs<const M: usize>(
     acc: &mut [[int32x4_t; 4]; M],
     first: [int8x16_t; 4],
     second: [int8x16_t; 4],
-    x: &[[[i8; 4]; M]; 2],
+    x: [&[[i8; 4]; M]; 2],
 ) {
     let word = |x: [i8; 4]| i32::from_ne_bytes(x.map(|x| x as u8));
     // SAFETY: the caller promises the instructions; all work is on registers.
@@ -174,25 +192,6 @@ unsafe fn products_of_pairs<const M: usize>(
             }
         }
     }
-}
-
-/// The sums of [`products_of_pairs`] by token.
-///
-/// # Safety
-/// The CPU must have NEON.
-#[inline(always)]
-unsafe fn part_pairs<const M: usize>(acc: [[int32x4_t; 4]; M]) -> [[int32x4_t; 4]; M] {
-    let mut out = acc;
-    for m in (0..M / 2 * 2).step_by(2) {
-        for i in 0..4 {
-            // SAFETY: the caller promises NEON; the intrinsics touch no memory.
-            unsafe {
-                out[m][i] = vuzp1q_s32(acc[m][i], acc[m + 1][i]);
-                out[m + 1][i] = vuzp2q_s32(acc[m][i], acc[m + 1][i]);
-            }
-        }
-    }
-    out
 }
 
 impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
@@ -462,45 +461,43 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     }
 
     #[inline(always)]
-    fn dot_nibbles_tile<const M: usize>(
+    fn dot_nibbles_group<const M: usize>(
         self,
-        acc: &mut [Self::N; M],
-        codes: [Self::B; 2],
-        x: &[[[i8; 4]; M]; 2],
-    ) {
-        if I8MM {
-            let [low, high] = codes.map(|codes| each!(vreinterpretq_s8_u8(codes)));
-            // SAFETY: `self` proves the instructions.
-            unsafe { products_of_pairs(acc, low, high, x) }
-        } else {
-            each_token::nibbles(self, acc, codes, x);
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        start: [i32; M],
+    ) -> [Self::I; M] {
+        if !I8MM || M == 1 {
+            return each_token::nibbles(self, codes, x, start);
         }
+        let mut acc = [self.splat_i32(0); M];
+        for t in 0..4 {
+            let w = self.load_bytes(&codes[t]);
+            let (low, high) = (self.low_nibbles(w), self.high_nibbles(w));
+            let (low, high) = (each!(vreinterpretq_s8_u8(low)), each!(vreinterpretq_s8_u8(high)));
+            // SAFETY: `self` proves the instructions.
+            unsafe { products_of_pairs(&mut acc, low, high, [&x[2 * t], &x[2 * t + 1]]) };
+        }
+        self.part_pairs(acc, start)
     }
     #[inline(always)]
-    fn end_nibbles_tile<const M: usize>(self, acc: [Self::N; M], starts: [i32; M]) -> [Self::I; M] {
-        // SAFETY: `self` proves NEON.
-        let acc = if I8MM { unsafe { part_pairs(acc) } } else { acc };
-        each_token::end_nibbles(self, acc, starts)
-    }
-    #[inline(always)]
-    fn dot_bytes_tile<const M: usize>(
+    fn dot_bytes_group<const M: usize>(
         self,
-        acc: &mut [Self::I; M],
-        codes: [Self::B; 2],
-        x: &[[[i8; 4]; M]; 2],
-    ) {
-        if I8MM {
-            let [first, second] = codes.map(|codes| self.signed(codes));
-            // SAFETY: `self` proves the instructions.
-            unsafe { products_of_pairs(acc, first, second, x) }
-        } else {
-            each_token::bytes(self, acc, codes, x);
+        codes: &[[u8; 4 * LANES]; 8],
+        x: &[[[i8; 4]; M]; 8],
+        start: [i32; M],
+    ) -> [Self::I; M] {
+        if !I8MM || M == 1 {
+            return each_token::bytes(self, codes, x, start);
         }
-    }
-    #[inline(always)]
-    fn end_bytes_tile<const M: usize>(self, acc: [Self::I; M]) -> [Self::I; M] {
-        // SAFETY: `self` proves NEON.
-        if I8MM { unsafe { part_pairs(acc) } } else { acc }
+        let mut acc = [self.splat_i32(0); M];
+        for t in (0..8).step_by(2) {
+            let first = self.signed(self.load_bytes(&codes[t]));
+            let second = self.signed(self.load_bytes(&codes[t + 1]));
+            // SAFETY: `self` proves the instructions.
+            unsafe { products_of_pairs(&mut acc, first, second, [&x[t], &x[t + 1]]) };
+        }
+        self.part_pairs(acc, start)
     }
 }
 
