@@ -25,7 +25,7 @@ _LOADING = (
     ),
     click.option(
         "--kv",
-        type=click.Choice(["auto", "f16", "f32"]),
+        type=click.Choice(["auto", "f16", "f32", "q8"]),
         default="auto",
         show_default=True,
         help="Precision of the attention cache.",

@@ -56,7 +56,7 @@ def convert(model_name: str, quant: str, out: str, threads: int | None, offline:
 )
 @click.option(
     "--kv",
-    type=click.Choice(["auto", "f16", "f32"]),
+    type=click.Choice(["auto", "f16", "f32", "q8"]),
     default="auto",
     help="Precision of the attention cache in the plan.",
 )

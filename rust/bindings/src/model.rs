@@ -8,8 +8,8 @@ use qdelta_core::Error;
 use qdelta_core::model::config::Config;
 use qdelta_core::model::forward::{Model as CoreModel, Options};
 use qdelta_core::model::synthetic::Synthetic;
-use qdelta_core::quant::Format;
 use qdelta_core::simd::Cpu;
+use qdelta_core::state::KvFormat;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -27,10 +27,13 @@ fn options(
 ) -> qdelta_core::Result<Options> {
     let kv = match kv {
         "auto" => None,
-        "f16" => Some(Format::F16),
-        "f32" => Some(Format::F32),
+        "f16" => Some(KvFormat::F16),
+        "f32" => Some(KvFormat::F32),
+        "q8" => Some(KvFormat::Q8),
         _ => {
-            return Err(Error::Argument(format!("kv is `{kv}`, expected one of: auto, f16, f32")));
+            return Err(Error::Argument(format!(
+                "kv is `{kv}`, expected one of: auto, f16, f32, q8"
+            )));
         }
     };
     Ok(Options { context, threads, kv, cpu: isa.map(Cpu::named).transpose()? })

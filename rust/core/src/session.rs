@@ -233,7 +233,7 @@ impl Session {
                 for head in heads {
                     for position in 0..n {
                         let chunk = &head.chunks[position / KV_CHUNK];
-                        chunk.get(self.model.kv, position % KV_CHUNK, &mut key, &mut value);
+                        chunk.get(position % KV_CHUNK, &mut key, &mut value);
                         keys.extend_from_slice(&key);
                         values.extend_from_slice(&value);
                     }

@@ -1,10 +1,12 @@
 //! What a session remembers of its tokens: data only.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::kernels::attention_q8::Q8Positions;
 use crate::kernels::delta_rule::{PendingKeys, ValueHead};
 use crate::model::config::{Config, LayerType};
 use crate::quant::Format;
 use crate::simd::LANES;
+use crate::tensor::filled;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Positions of a chunk of the KV cache, the unit in which it grows.
@@ -40,27 +42,71 @@ impl KeyHead {
     }
 }
 
-/// Keys and values of one head at [`KV_CHUNK`] positions.
-#[derive(Clone)]
-pub struct KvChunk {
-    pub k: Vec<u8>, // [KV_CHUNK / 16, head_dim, 16]
-    pub v: Vec<u8>, // [KV_CHUNK, head_dim padded to 16]
+/// How keys and values are kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KvFormat {
+    F16,
+    F32,
+    /// Signed bytes with scales, see [`kernels::attention_q8`](crate::kernels::attention_q8).
+    Q8,
 }
 
-impl KvChunk {
-    fn new(format: Format, head_dim: usize) -> Result<KvChunk> {
-        Ok(KvChunk {
-            k: zeros(format.bytes(KV_CHUNK, head_dim))?,
-            v: zeros(format.bytes(KV_CHUNK, head_dim.next_multiple_of(LANES)))?,
-        })
+impl KvFormat {
+    pub fn name(self) -> &'static str {
+        match self {
+            KvFormat::F16 => "f16",
+            KvFormat::F32 => "f32",
+            KvFormat::Q8 => "q8",
+        }
+    }
+
+    /// Bytes of a [`KvChunk`].
+    pub fn chunk_bytes(self, head_dim: usize) -> usize {
+        let float = |format: Format| {
+            format.bytes(KV_CHUNK, head_dim)
+                + format.bytes(KV_CHUNK, head_dim.next_multiple_of(LANES))
+        };
+        match self {
+            KvFormat::F16 => float(Format::F16),
+            KvFormat::F32 => float(Format::F32),
+            KvFormat::Q8 => Q8Positions::bytes_of(KV_CHUNK, head_dim),
+        }
     }
 }
 
-fn zeros(bytes: usize) -> Result<Vec<u8>> {
-    let mut zeros = Vec::new();
-    zeros.try_reserve_exact(bytes).map_err(|_| Error::Memory { bytes })?;
-    zeros.resize(bytes, 0);
-    Ok(zeros)
+/// Keys and values of one head at [`KV_CHUNK`] positions.
+#[derive(Clone)]
+pub enum KvChunk {
+    Float {
+        format: Format,
+        k: Vec<u8>, // [KV_CHUNK / 16, head_dim, 16]
+        v: Vec<u8>, // [KV_CHUNK, head_dim padded to 16]
+    },
+    Q8(Q8Positions),
+}
+
+impl KvChunk {
+    fn new(format: KvFormat, head_dim: usize) -> Result<KvChunk> {
+        let float = |format: Format| {
+            Ok(KvChunk::Float {
+                format,
+                k: filled(0, format.bytes(KV_CHUNK, head_dim))?,
+                v: filled(0, format.bytes(KV_CHUNK, head_dim.next_multiple_of(LANES)))?,
+            })
+        };
+        match format {
+            KvFormat::F16 => float(Format::F16),
+            KvFormat::F32 => float(Format::F32),
+            KvFormat::Q8 => Ok(KvChunk::Q8(Q8Positions::new(KV_CHUNK, head_dim)?)),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            KvChunk::Float { k, v, .. } => k.len() + v.len(),
+            KvChunk::Q8(positions) => positions.bytes(),
+        }
+    }
 }
 
 /// KV cache of one head. Snapshots share its chunks; a chunk is copied when it is written while
@@ -72,7 +118,7 @@ pub struct KvHead {
 
 impl KvHead {
     /// Makes room for positions below `n`.
-    pub fn grow(&mut self, n: usize, format: Format, head_dim: usize) -> Result<()> {
+    pub fn grow(&mut self, n: usize, format: KvFormat, head_dim: usize) -> Result<()> {
         while self.chunks.len() * KV_CHUNK < n {
             self.chunks.push(Arc::new(KvChunk::new(format, head_dim)?));
         }
@@ -129,7 +175,7 @@ impl State {
     }
 
     /// Makes room for `n` tokens in all.
-    pub fn grow(&mut self, n: usize, format: Format, head_dim: usize) -> Result<()> {
+    pub fn grow(&mut self, n: usize, format: KvFormat, head_dim: usize) -> Result<()> {
         for layer in &mut self.layers {
             if let LayerState::Full(heads) = layer {
                 for head in heads {
@@ -153,11 +199,9 @@ impl State {
     pub fn bytes(&self) -> usize {
         let layer = |layer: &LayerState| match layer {
             LayerState::Linear(heads) => heads.iter().map(|h| lock(h).bytes()).sum::<usize>(),
-            LayerState::Full(heads) => heads
-                .iter()
-                .flat_map(|h| &h.chunks)
-                .map(|chunk| chunk.k.len() + chunk.v.len())
-                .sum(),
+            LayerState::Full(heads) => {
+                heads.iter().flat_map(|h| &h.chunks).map(|chunk| chunk.bytes()).sum()
+            }
         };
         self.layers.iter().map(layer).sum::<usize>() + 4 * self.tokens.len()
     }
@@ -167,5 +211,22 @@ impl KeyHead {
     fn bytes(&self) -> usize {
         let conv: usize = self.conv.iter().map(|c| 4 * c.len()).sum();
         conv + self.values.iter().map(ValueHead::bytes).sum::<usize>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_takes_the_bytes_it_is_planned_with() {
+        for format in [KvFormat::F16, KvFormat::F32, KvFormat::Q8] {
+            for head_dim in [2, 30, 48, 256] {
+                let chunk = KvChunk::new(format, head_dim).unwrap();
+                assert_eq!(chunk.bytes(), format.chunk_bytes(head_dim), "{format:?} {head_dim}");
+            }
+        }
+        // Codes of key and value, four scales of the key, one of the value.
+        assert_eq!(KvFormat::Q8.chunk_bytes(256), KV_CHUNK * (256 + 256 + 16 + 4));
     }
 }

@@ -1,5 +1,6 @@
 //! Dtypes, shapes, and bytes that keep their owner alive.
 
+use crate::error::{Error, Result};
 use crate::quant::Format;
 use half::{bf16, f16};
 use std::fmt;
@@ -151,6 +152,14 @@ impl Tensor {
         widen(format, &self.bytes, &mut out);
         out
     }
+}
+
+/// `n` copies of a value, or an error if there is no memory for them.
+pub(crate) fn filled<T: Clone>(value: T, n: usize) -> Result<Vec<T>> {
+    let mut filled = Vec::new();
+    filled.try_reserve_exact(n).map_err(|_| Error::Memory { bytes: n * size_of::<T>() })?;
+    filled.resize(n, value);
+    Ok(filled)
 }
 
 /// Converts little-endian floats to f32. bytes: as many elements as `out` has.

@@ -12,7 +12,7 @@ use qdelta_core::layers::linear::{Input, Matrix};
 use qdelta_core::pool::Pool;
 use qdelta_core::quant::Format;
 use qdelta_core::simd::{Cpu, Isa, Kernel};
-use qdelta_core::state::KvHead;
+use qdelta_core::state::{KvFormat, KvHead};
 use qdelta_core::tensor::Bytes;
 use qdelta_core::trace::Trace;
 use safetensors::SafeTensors;
@@ -367,7 +367,7 @@ fn attention_block() {
                 let mut angles = Vec::new();
                 (past..past + call).for_each(|p| rope.angles([p; 3], &mut angles));
                 for head in &mut cache {
-                    head.grow(past + call, Format::F32, dim).expect("memory");
+                    head.grow(past + call, KvFormat::F32, dim).expect("memory");
                 }
                 let mut input = Input::default();
                 input.reshape(call, hidden);
@@ -376,7 +376,7 @@ fn attention_block() {
                     ctx,
                     &mut input,
                     &mut cache,
-                    Positions { past, angles: &angles, cache: Format::F32 },
+                    Positions { past, angles: &angles },
                     &mut Vec::new(),
                     &mut Input::default(),
                     &mut Vec::new(),
@@ -393,7 +393,7 @@ fn attention_block() {
             let (mut key, mut value) = (vec![0.0; dim], vec![0.0; dim]);
             let rows = keys.chunks_exact(dim).zip(values.chunks_exact(dim));
             for (i, (want_key, want_value)) in rows.enumerate() {
-                cache[i / past].chunks[0].get(Format::F32, i % past, &mut key, &mut value);
+                cache[i / past].chunks[0].get(i % past, &mut key, &mut value);
                 assert_near(&key, want_key, 1e-4, &what);
                 assert_near(&value, want_value, 1e-4, &what);
             }

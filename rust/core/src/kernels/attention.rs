@@ -69,9 +69,36 @@ pub fn attend_isa<S: Isa, F: Float>(
     if b < blocks {
         scores_isa::<S, F, 1>(s, q, &k[b * block_bytes..], b * LANES, stride, scores);
     }
+    softmax_isa(s, seen, blocks * LANES, scores, partial);
+    let padded_dim = partial.out.len() / ROWS;
+    let mut d = 0;
+    if S::REGISTERS >= 32 {
+        while d + 4 * LANES <= padded_dim {
+            values_isa::<S, F, 4>(s, positions, stride, scores, v, padded_dim, d, &mut partial.out);
+            d += 4 * LANES;
+        }
+    }
+    while d < padded_dim {
+        values_isa::<S, F, 1>(s, positions, stride, scores, v, padded_dim, d, &mut partial.out);
+        d += LANES;
+    }
+}
+
+/// Turns the scores of a chunk into exp(score - largest), and what was added before into the same
+/// terms. positions: those of the chunk that matter, a multiple of 16; what a row does not attend
+/// to becomes zero.
+#[inline(always)]
+pub(super) fn softmax_isa<S: Isa>(
+    s: S,
+    seen: &[usize; ROWS],
+    positions: usize,
+    scores: &mut [f32],
+    partial: &mut Partial,
+) {
+    let stride = scores.len() / ROWS;
     let padded_dim = partial.out.len() / ROWS;
     for r in 0..ROWS {
-        let scores = &mut scores[r * stride..][..blocks * LANES];
+        let scores = &mut scores[r * stride..][..positions];
         if seen[r] == 0 {
             scores.fill(0.0);
             continue;
@@ -100,17 +127,6 @@ pub fn attend_isa<S: Isa, F: Float>(
                 s.store(s.mul(s.load(out), keep), out);
             }
         }
-    }
-    let mut d = 0;
-    if S::REGISTERS >= 32 {
-        while d + 4 * LANES <= padded_dim {
-            values_isa::<S, F, 4>(s, positions, stride, scores, v, padded_dim, d, &mut partial.out);
-            d += 4 * LANES;
-        }
-    }
-    while d < padded_dim {
-        values_isa::<S, F, 1>(s, positions, stride, scores, v, padded_dim, d, &mut partial.out);
-        d += LANES;
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod attention_q8;
 pub mod conv1d;
 pub mod delta_rule;
 pub mod matmul;

@@ -9,10 +9,11 @@ use super::linear::{Input, Matrix, project};
 use super::{Context, FEW_TOKENS};
 use crate::kernels::activation::sigmoid;
 use crate::kernels::attention::{Partial, ROWS, attend_isa};
+use crate::kernels::attention_q8::{self, Q8Rows};
 use crate::kernels::{load_some, norm, rope, store_some};
 use crate::quant::Format;
 use crate::quant::float::{F16, F32};
-use crate::simd::{Isa, Kernel, LANES};
+use crate::simd::{Cpu, Isa, Kernel, LANES};
 use crate::state::{KV_CHUNK, KvChunk, KvHead, lock};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -43,8 +44,6 @@ pub struct Positions<'a> {
     pub past: usize,
     /// Cosines and sines per token: [tokens, rotary_dim / 2].
     pub angles: &'a [[f32; 2]],
-    /// Format of the KV cache, f16 or f32.
-    pub cache: Format,
 }
 
 /// Work space of one thread.
@@ -52,7 +51,9 @@ pub struct Positions<'a> {
 pub struct TileScratch {
     head: Vec<f32>,            // [dim]
     queries: Vec<[f32; ROWS]>, // [groups, dim]
+    queries_q8: Vec<Q8Rows>,   // by group, if the cache is q8
     scores: Vec<f32>,          // [ROWS, KV_CHUNK]
+    probabilities: Q8Rows,     // [ROWS, KV_CHUNK], if the cache is q8
     partials: Vec<Partial>,    // by group of ROWS query rows
 }
 
@@ -194,7 +195,7 @@ impl Attention {
                 trace.layer_part("k_rope", width, head * dim, std::iter::once((t, &key[..])));
             }
             let chunk = Arc::make_mut(&mut cache.chunks[position / KV_CHUNK]);
-            chunk.put(positions.cache, position % KV_CHUNK, &key, &row[v_col..v_col + dim]);
+            chunk.put(ctx.cpu, position % KV_CHUNK, &key, &row[v_col..v_col + dim]);
         }
     }
 
@@ -211,7 +212,11 @@ impl Attention {
 
 impl KvChunk {
     /// Stores a key and a value at a position of the chunk.
-    fn put(&mut self, format: Format, position: usize, key: &[f32], value: &[f32]) {
+    fn put(&mut self, cpu: Cpu, position: usize, key: &[f32], value: &[f32]) {
+        let (format, k, v) = match self {
+            KvChunk::Float { format, k, v } => (*format, k, v),
+            KvChunk::Q8(positions) => return positions.put(cpu, position, key, value),
+        };
         let bytes = format.bytes(1, 1);
         let padded = key.len().next_multiple_of(LANES);
         let write = |to: &mut [u8], x: f32| match format {
@@ -219,25 +224,45 @@ impl KvChunk {
             _ => to.copy_from_slice(&x.to_le_bytes()),
         };
         let block = position / LANES * key.len() * LANES + position % LANES;
-        for (i, k) in key.iter().enumerate() {
-            write(&mut self.k[(block + i * LANES) * bytes..][..bytes], *k);
+        for (i, key) in key.iter().enumerate() {
+            write(&mut k[(block + i * LANES) * bytes..][..bytes], *key);
         }
-        for (to, v) in self.v[position * padded * bytes..].chunks_exact_mut(bytes).zip(value) {
+        for (to, v) in v[position * padded * bytes..].chunks_exact_mut(bytes).zip(value) {
             write(to, *v);
         }
     }
 
     /// The key and the value at a position of the chunk.
-    pub fn get(&self, format: Format, position: usize, key: &mut [f32], value: &mut [f32]) {
+    pub fn get(&self, position: usize, key: &mut [f32], value: &mut [f32]) {
+        let (format, k, v) = match self {
+            KvChunk::Float { format, k, v } => (*format, k, v),
+            KvChunk::Q8(positions) => return positions.get(position, key, value),
+        };
         let bytes = format.bytes(1, 1);
         let padded = key.len().next_multiple_of(LANES);
         let block = position / LANES * key.len() * LANES + position % LANES;
-        for (i, k) in key.iter_mut().enumerate() {
+        for (i, key) in key.iter_mut().enumerate() {
             let at = (block + i * LANES) * bytes;
-            crate::tensor::widen(format, &self.k[at..at + bytes], std::slice::from_mut(k));
+            crate::tensor::widen(format, &k[at..at + bytes], std::slice::from_mut(key));
         }
-        let row = &self.v[position * padded * bytes..][..value.len() * bytes];
+        let row = &v[position * padded * bytes..][..value.len() * bytes];
         crate::tensor::widen(format, row, value);
+    }
+}
+
+impl TileScratch {
+    /// Fills `queries_q8` from `queries`.
+    #[inline(always)]
+    fn quantize_queries_isa<S: Isa>(&mut self, s: S, dim: usize) {
+        let groups = self.queries.chunks_exact(dim);
+        self.queries_q8.resize_with(groups.len(), Q8Rows::default);
+        for (queries, q8) in groups.zip(&mut self.queries_q8) {
+            q8.reset(dim, attention_q8::GROUP);
+            for r in 0..ROWS {
+                self.head.iter_mut().zip(queries).for_each(|(x, q)| *x = q[r]);
+                q8.set_isa(s, r, &self.head, attention_q8::GROUP);
+            }
+        }
     }
 }
 
@@ -269,6 +294,9 @@ impl Kernel for Attend<'_> {
         unit.load_queries(scratch);
         let groups = scratch.partials.len();
         scratch.scores.resize(ROWS * KV_CHUNK, 0.0);
+        if let Some(KvChunk::Q8(_)) = unit.cache.chunks.first().map(|chunk| &**chunk) {
+            scratch.quantize_queries_isa(s, dim);
+        }
         for (c, chunk) in unit.chunks.clone().zip(&unit.cache.chunks[unit.chunks.clone()]) {
             for group in 0..groups {
                 let mut seen = [0; ROWS];
@@ -282,11 +310,17 @@ impl Kernel for Attend<'_> {
                 }
                 let q = &scratch.queries[group * dim..][..dim];
                 let (scores, partial) = (&mut scratch.scores, &mut scratch.partials[group]);
-                match unit.positions.cache {
-                    Format::F16 => {
-                        attend_isa::<S, F16>(s, q, &chunk.k, &chunk.v, &seen, scores, partial)
+                match &**chunk {
+                    KvChunk::Float { format: Format::F16, k, v } => {
+                        attend_isa::<S, F16>(s, q, k, v, &seen, scores, partial)
                     }
-                    _ => attend_isa::<S, F32>(s, q, &chunk.k, &chunk.v, &seen, scores, partial),
+                    KvChunk::Float { k, v, .. } => {
+                        attend_isa::<S, F32>(s, q, k, v, &seen, scores, partial)
+                    }
+                    KvChunk::Q8(positions) => {
+                        let (q, p) = (&scratch.queries_q8[group], &mut scratch.probabilities);
+                        attention_q8::attend_isa(s, q, positions, &seen, scores, p, partial)
+                    }
                 }
             }
         }

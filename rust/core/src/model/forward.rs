@@ -10,9 +10,9 @@ use crate::layers::attention::Positions;
 use crate::layers::block::Scratch;
 use crate::layers::linear::{Input, project};
 use crate::pool::Pool;
-use crate::quant::{Format, Quant};
+use crate::quant::Quant;
 use crate::simd::Cpu;
-use crate::state::{KV_CHUNK, State};
+use crate::state::{KV_CHUNK, KvFormat, State};
 use crate::trace::Trace;
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ pub struct Options {
     /// Threads, the caller's included; the machine's cores if not given.
     pub threads: Option<usize>,
     /// Format of the KV cache; f32 for unquantised weights and f16 otherwise if not given.
-    pub kv: Option<Format>,
+    pub kv: Option<KvFormat>,
     /// Instruction set; `QDELTA_ISA` or the best of the machine if not given.
     pub cpu: Option<Cpu>,
 }
@@ -35,8 +35,8 @@ pub struct Model {
     pub quant: Quant,
     pub cpu: Cpu,
     pub context: usize,
-    /// Format of the KV cache, f16 or f32.
-    pub kv: Format,
+    /// Format of the KV cache.
+    pub kv: KvFormat,
     pub(crate) pool: Pool,
     weights: Weights,
     rope: Rope,
@@ -94,7 +94,8 @@ impl Model {
             (None, Ok(name)) if !name.is_empty() => Cpu::named(&name)?,
             _ => Cpu::best(),
         };
-        let kv = options.kv.unwrap_or(if quant == Quant::None { Format::F32 } else { Format::F16 });
+        let kv =
+            options.kv.unwrap_or(if quant == Quant::None { KvFormat::F32 } else { KvFormat::F16 });
         Ok(Model {
             weights: Weights::bind(&config, &*source)?,
             rope: Rope::new(config.rope.theta, config.rope.rotary_dim, config.rope.mrope_section),
@@ -128,8 +129,6 @@ impl Model {
         let full = config.layers_of(LayerType::FullAttention);
         let linear = config.layers_of(LayerType::LinearAttention);
         let heads = full * config.num_key_value_heads * context.div_ceil(KV_CHUNK);
-        let chunk = self.kv.bytes(KV_CHUNK, config.head_dim)
-            + self.kv.bytes(KV_CHUNK, config.head_dim.next_multiple_of(16));
         let recurrent = config.linear_num_value_heads
             * config.linear_key_head_dim
             * config.linear_value_head_dim.next_multiple_of(16);
@@ -144,7 +143,7 @@ impl Model {
             4 * (2 * hidden + mixer + config.intermediate_size) + hidden + config.intermediate_size;
         MemoryPlan {
             weights: self.weight_bytes(),
-            kv: heads * chunk,
+            kv: heads * self.kv.chunk_bytes(config.head_dim),
             state: linear * 4 * (recurrent + conv),
             scratch: PIECE.min(context) * row + 4 * config.vocab_size,
         }
@@ -196,7 +195,7 @@ impl Model {
                 }
             }
         }
-        let positions = Positions { past, angles: &angles, cache: self.kv };
+        let positions = Positions { past, angles: &angles };
         for (i, (block, state)) in self.weights.blocks.iter().zip(&mut state.layers).enumerate() {
             if let Some(trace) = trace {
                 trace.enter_layer(i);
