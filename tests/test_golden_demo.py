@@ -18,8 +18,8 @@ ROUNDING = 1e-3  # two orders of float32 evaluation may choose differently below
 
 
 @functools.cache
-def load(quant: str, isa: str | None = None):
-    return qdelta.load("demo", quant=quant, kv="f32", isa=isa, threads=2, progress=False)
+def load(quant: str, isa: str | None = None, kv: str = "f32"):
+    return qdelta.load("demo", quant=quant, kv=kv, isa=isa, threads=2, progress=False)
 
 
 @pytest.mark.parametrize("isa", _native.instruction_sets())
@@ -61,6 +61,13 @@ def test_generate_gives_the_stored_text(case):
     assert case["text"].startswith(done.text)
 
 
+def logprobs(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax of each row, in float64."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
 def perplexity(model) -> dict[str, float]:
     """As tests/golden/tiny-model-reference/perplexity.json defines it."""
     tokens = np.load(DEMO / "validation-tokens.npy").astype(np.int64)
@@ -68,10 +75,7 @@ def perplexity(model) -> dict[str, float]:
     losses = []
     for begin in range(0, len(tokens) - window + 1, window):
         part = tokens[begin : begin + window]
-        logits = model.logits(part.tolist())[:-1].astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        total = np.log(np.exp(logits).sum(axis=1))
-        losses.append(total - logits[np.arange(window - 1), part[1:]])
+        losses.append(-logprobs(model.logits(part.tolist()))[np.arange(window - 1), part[1:]])
     losses = np.array(losses)
     assert losses.size == PERPLEXITY["float32"]["scored"]
     return {
@@ -88,6 +92,20 @@ def test_perplexity(quant, allowed, record_property):
         record_property(f"{quant} {part}", value)
         print(f"{quant} {part}: {value:.4f}, {100 * (value / want - 1):+.3f} %")
         assert abs(value / want - 1) < allowed, (part, value, want)
+
+
+def test_q8_cache():
+    """What a KV cache of bytes costs: perplexity, and divergence from the one in f32."""
+    tokens = np.load(DEMO / "validation-tokens.npy").astype(np.int64)
+    window = PERPLEXITY["window"]
+    losses, divergences = [], []
+    for begin in range(0, len(tokens) - window + 1, window):
+        part = tokens[begin : begin + window].tolist()
+        exact, q8 = (logprobs(load("none", kv=kv).logits(part)) for kv in ("f32", "q8"))
+        divergences.append((np.exp(exact) * (exact - q8)).sum(axis=1))
+        losses.append((exact - q8)[np.arange(window - 1), part[1:]])
+    assert 0 < np.mean(divergences) < 1e-3
+    assert abs(np.expm1(np.mean(losses))) < 1e-3
 
 
 def test_public_perplexity():

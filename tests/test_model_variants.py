@@ -200,9 +200,9 @@ def decode_packed(stored: Stored, rows: int, cols: int) -> np.ndarray:
     return weights.reshape(panels * 16, -1)[:rows, :cols]
 
 
-def round_to_codes(x: np.ndarray) -> np.ndarray:
-    """Activations as packed matrices read them: 8-bit codes, a scale for 32 columns."""
-    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+def round_to_codes(x: np.ndarray, group: int = 32) -> np.ndarray:
+    """Rows as 8-bit codes, a scale for each group of columns: activations, q, k, v, softmax."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group)
     scales = np.abs(padded).max(axis=2, keepdims=True) / 127
     codes = np.round(padded / np.where(scales > 0, scales, 1))
     return (codes * scales).reshape(len(x), -1)[:, : x.shape[1]]
@@ -258,6 +258,86 @@ def test_far_positions(tmp_path):
         tmp_path, layers(FULL), {"rope_theta": 100.0, "partial_rotary_factor": 1.0}
     )
     compare(folder, count=2500)
+
+
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+def test_memory_plan_counts_the_cache(tmp_path, kv):
+    """A session of whole chunks takes the planned bytes; what is pending is not planned."""
+    folder = make_checkpoint(tmp_path / "model", text=attention(4, 2, 48), seed=1)
+    model = _native.Model(_native.Checkpoint(str(folder)), kv=kv, threads=2)
+    session = model.session()
+    session.feed(np.array(tokens(512), np.int32), logits="none")
+    plan = model.memory_plan(512)
+    assert session.snapshot().nbytes == pytest.approx(plan["kv"] + plan["state"], rel=0.05)
+
+
+def attend_q8(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`reference.attend` with a q8 cache, as docs/formats.md has it."""
+    tokens, h_q, head_dim = q.shape
+    h_kv, n, _ = keys.shape
+    visible = np.arange(n)[None, :] <= np.arange(n - tokens, n)[:, None]
+    y = np.empty_like(q)
+    for h in range(h_q):
+        kv = h // (h_q // h_kv)
+        scores = round_to_codes(q[:, h], 64) @ round_to_codes(keys[kv], 64).T * head_dim**-0.5
+        scores = np.where(visible, scores, -np.inf)
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        scales = np.abs(values[kv]).max(axis=1) / 127
+        codes = np.round(values[kv] / scales[:, None])
+        y[:, h] = round_to_codes(p * scales) @ codes / p.sum(axis=1, keepdims=True)
+    return y
+
+
+@pytest.mark.parametrize("head_dim", [32, 72])
+def test_q8_logits(tmp_path, monkeypatch, head_dim):
+    """The same as the twin's but where rounding turns a code, and near those of an f32 cache."""
+    text = {**layers(FULL), **attention(8, 2, head_dim)}
+    folder = make_checkpoint(tmp_path / "model", text=text, seed=1)
+    exact = Reference.load(folder, np.float64).logits(tokens(150))
+    monkeypatch.setattr(reference, "attend", attend_q8)
+    want = Reference.load(folder, np.float64).logits(tokens(150))
+    for isa in ISAS:
+        model = _native.Model(_native.Checkpoint(str(folder)), kv="q8", isa=isa, threads=2)
+        got = logits(model, tokens(150))
+        error = np.abs(got - want).max(axis=1) / want.std()
+        assert np.median(error) < 1e-5, isa
+        assert error.max() < 0.02, isa
+        assert np.sqrt(np.mean((got - exact) ** 2)) / exact.std() < 0.01, isa
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("head_dim", [32, 48, 72, 256])
+def test_q8_cache(tmp_path, head_dim, isa):
+    """Keys and values within half a step of f32; the same bytes and bits in any cut.
+
+    The only layer is a full one: its keys and values depend on nothing that rounds differently.
+    """
+    text = {**layers(FULL), **attention(8, 2, head_dim)}
+    folder = make_checkpoint(tmp_path / "model", text=text, seed=1)
+    checkpoint = _native.Checkpoint(str(folder))
+    ids = np.array(tokens(1100), np.int32)
+
+    def feed(cuts: list[int], threads: int = 2, kv: str = "q8") -> tuple[dict, np.ndarray]:
+        session = _native.Model(checkpoint, kv=kv, isa=isa, threads=threads).session()
+        for part in np.split(ids, cuts):
+            session.feed(part, logits="last")
+        return session.state(0), session.logits()
+
+    exact, _ = feed([], kv="f32")
+    state, _ = feed([])
+    for part, group in (("key", 64), ("value", head_dim)):
+        for first in range(0, head_dim, group):
+            want = exact[part][..., first : first + group]
+            step = np.abs(want).max(axis=-1, keepdims=True) / 127
+            error = np.abs(state[part][..., first : first + group] - want)
+            assert (error <= 0.5001 * step).all(), (part, first)
+
+    cuts = [1, 2, 3, 4, 15, 16, 17, 255, 256, 257, 600, 1090, *range(1091, 1100)]
+    pieces, row = feed(cuts)
+    for part in ("key", "value"):
+        np.testing.assert_array_equal(pieces[part], state[part])
+    for threads in (1, 3, 8):
+        np.testing.assert_array_equal(feed(cuts, threads)[1], row)
 
 
 def test_27b_shapes_are_accepted():

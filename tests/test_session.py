@@ -13,10 +13,11 @@ from tiny import make_checkpoint
 ISAS = _native.instruction_sets()
 
 
-@pytest.fixture(scope="module", params=ISAS)
+@pytest.fixture(scope="module", params=[*ISAS, "q8"])
 def model(request):
-    folder = TEXT / "tiny-f32"
-    return qdelta.load(folder, quant="none", isa=request.param, threads=2, progress=False)
+    """On every instruction set, and on the best with each kind of KV cache."""
+    options = {"kv": "q8"} if request.param == "q8" else {"isa": request.param}
+    return qdelta.load(TEXT / "tiny-f32", quant="none", threads=2, progress=False, **options)
 
 
 def random_tokens(count: int, seed: int = 0) -> np.ndarray:

@@ -93,7 +93,7 @@ class Model:
     def threads(self) -> int: ...
     @property
     def kv(self) -> str:
-        """Element type of the KV cache: "f16" or "f32"."""
+        """Format of the KV cache: "f16", "f32" or "q8"."""
 
     @property
     def quant(self) -> str:
