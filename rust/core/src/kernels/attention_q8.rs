@@ -11,7 +11,7 @@
 //! are then quantised in blocks of [`BLOCK`] positions; the sum that divides the result is that of
 //! the exact ones.
 
-use super::attention::{Partial, ROWS, softmax_isa};
+use super::attention::{PREFETCH_AHEAD, Partial, ROWS, softmax_isa};
 use super::load_some;
 use crate::error::Result;
 use crate::simd::{Cpu, Isa, Kernel, LANES};
@@ -21,9 +21,6 @@ use crate::tensor::filled;
 pub const GROUP: usize = 64;
 /// Positions whose probabilities share a scale.
 pub const BLOCK: usize = 32;
-/// Bytes that keys and values are asked for ahead of their use. One core of a Zen 5 reads a long
-/// cache at 22 GB/s with this, and at 11 without; half or twice as far is worse.
-const PREFETCH_AHEAD: usize = 8192;
 const LARGEST: f32 = 127.0;
 /// Turns the bits of a signed code into those of an unsigned one, see [`Isa::BYTE_BIAS`].
 const FLIP: u8 = 128;
