@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +99,44 @@ def test_models_come_and_go(model):
     fresh = model.native.session()
     fresh.feed(prompt(1))
     np.testing.assert_array_equal(fresh.logits(), want)
+
+
+def default_threads(change: str = "", omp: str = "") -> int:
+    """Threads of a model in a process of its own that runs `change` first."""
+    code = f"""if True:
+        import os
+        import qdelta
+        {change or "pass"}
+        print(qdelta.load("demo", quant="none", progress=False).native.threads)"""
+    environment = {**os.environ, "OMP_NUM_THREADS": omp}
+    command = [sys.executable, "-c", code]
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
+def test_default_threads_stay_inside_the_affinity_mask():
+    usable = sorted(os.sched_getaffinity(0))
+    for count in {1, len(usable)}:
+        threads = default_threads(f"os.sched_setaffinity(0, {usable[:count]})")
+        assert 1 <= threads <= count
+
+
+def test_default_threads_and_omp_num_threads():
+    """A positive number, or the first of a list, is a limit; anything else is nothing."""
+    machine = default_threads()
+    assert 1 <= machine <= (os.cpu_count() or 1)
+    assert default_threads(omp="1") == default_threads(omp="1,8") == 1
+    for omp in ("1000000", "0", "-1", "many"):
+        assert default_threads(omp=omp) == machine, omp
+
+
+def test_threads_given_are_threads_had(monkeypatch):
+    """Neither the machine nor the environment limits a number that was given."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert qdelta.load("demo", quant="none", threads=9, progress=False).native.threads == 9
+    for threads in (0, 1025, 10**9):
+        with pytest.raises(qdelta.ArgumentError, match=f"threads is {threads}, expected 1 to 1024"):
+            qdelta.load("demo", quant="none", threads=threads, progress=False)
 
 
 def test_errors_in_threads_stay_there(model):

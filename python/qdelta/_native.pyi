@@ -52,8 +52,9 @@ def convert(
 ) -> None:
     """Write `source` as one file in the format `quant` ("w8" or "w4").
 
-    attachments: (name, path) of files to carry along. progress is called with (bytes done,
-    bytes in all). The file appears under its name only when complete; Ctrl-C leaves nothing.
+    attachments: (name, path) of files to carry along. threads: 1 to 1024, or all. progress is
+    called with (bytes done, bytes in all). The file appears under its name only when complete;
+    Ctrl-C leaves nothing.
     """
 
 def verify(path: str) -> None:

@@ -49,9 +49,12 @@ def load(
     the result; "auto" is what a converted file already is, "none" for toys, and else "w4".
     ctx: tokens that a session can hold; None: as many as the model was made for. Memory is
     taken as it fills.
-    threads: None: chosen for this machine. kv: KV cache as "f32", "f16" or "q8", signed bytes,
-    which take half the memory of f16 and are faster with long contexts; "auto": "f32" with
-    quant="none", else "f16". isa: one of `qdelta.instruction_sets()`; None: the best.
+    threads: 1 to 1024; None: one for each physical core that this process may use, by its
+    affinity mask and its quota of CPU time (a container's limit, rounded down), and no more than
+    OMP_NUM_THREADS says. The answers do not depend on it.
+    kv: KV cache as "f32", "f16" or "q8", signed bytes, which take half the memory of f16 and are
+    faster with long contexts; "auto": "f32" with quant="none", else "f16". isa: an instruction
+    set of `qdelta.instruction_sets()`; None: the best.
     cache: folder for converted files. offline: touch no network.
     progress: show progress bars; None: if the output is a terminal.
 

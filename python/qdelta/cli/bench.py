@@ -53,7 +53,7 @@ def counts(text: str) -> list[int]:
     help="Tokens that are there before.",
 )
 @click.option(
-    "-t", "--threads", type=counts, metavar="N,N,...", help="Threads; default: all cores."
+    "-t", "--threads", type=counts, metavar="N,N,...", help="Threads; default: one per core."
 )
 @click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(

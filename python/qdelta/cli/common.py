@@ -21,7 +21,7 @@ _LOADING = (
     ),
     click.option("--ctx", type=click.IntRange(min=1), help="Tokens a conversation can hold."),
     click.option(
-        "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores."
+        "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: one per core."
     ),
     click.option(
         "--kv",

@@ -30,7 +30,7 @@ DEMO_TOKENS = 200
 @click.command()
 @click.argument("prompt", default=DEMO_PROMPT)
 @sampling_options
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores.")
+@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: one per core.")
 @click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
 def demo(prompt: str, threads: int | None, isa: str | None, **options: Any) -> None:
     """Tell a story with the toy model inside the package.

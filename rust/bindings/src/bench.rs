@@ -7,7 +7,7 @@ pub mod kernels {
     use crate::error::{detached, exception};
     use pyo3::prelude::*;
     use qdelta_core::simd::Cpu;
-    use qdelta_core::{Error, bench};
+    use qdelta_core::{Error, bench, threads};
     use std::collections::BTreeMap;
 
     /// Seconds for `repeats` products of a random [rows, cols] matrix with `tokens` rows.
@@ -51,10 +51,7 @@ pub mod kernels {
     fn limits(py: Python<'_>, isa: &str, threads: usize) -> PyResult<BTreeMap<&'static str, f64>> {
         let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
         detached(py, || {
-            if threads == 0 || threads > 1024 {
-                return Err(Error::Argument(format!("threads is {threads}, expected 1 to 1024")));
-            }
-            let limits = bench::limits(cpu, threads);
+            let limits = bench::limits(cpu, threads::checked(threads)?);
             Ok(BTreeMap::from([
                 ("read_one", limits.read_one),
                 ("read_all", limits.read_all),

@@ -13,6 +13,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::tensors::{Storage, TensorSpec};
 use crate::quant::{Format, PANEL_ROWS, Quant, encode_panel, panel_bytes};
 use crate::tensor::{Dtype, Tensor, widen};
+use crate::threads;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 use std::collections::HashSet;
@@ -32,8 +33,8 @@ pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 
 /// Writes a checkpoint to `out` with its matrices in the format `quant`.
 ///
-/// attachments: files that travel along, by the name under which they are found again. threads: as
-/// many as rayon has if None. The file appears at `out` only when it is whole; one that was
+/// attachments: files that travel along, by the name under which they are found again. threads: 1
+/// to 1024, or rayon's own choice if None. The file appears at `out` only when it is whole; one that was
 /// converted before is replaced, anything else there is an error. If `progress` returns false, the
 /// result is [`Error::Interrupted`]; it is called on the caller's thread.
 pub fn convert(
@@ -140,10 +141,7 @@ fn plan<'a>(
 }
 
 fn thread_pool(threads: usize) -> Result<ThreadPool> {
-    if threads == 0 {
-        return Err(Error::Argument("threads is 0, expected at least 1".to_owned()));
-    }
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads::checked(threads)?);
     builder.build().map_err(|e| Error::Internal(format!("no threads: {e}")))
 }
 

@@ -16,6 +16,7 @@ pub mod session;
 pub mod simd;
 pub mod state;
 pub mod tensor;
+pub mod threads;
 pub mod trace;
 
 pub use error::{Error, Result};

@@ -169,8 +169,10 @@ fn arguments() {
     let error = convert(&converted, Quant::W4, &folder.path("b"), &[], None, &mut |_, _| true);
     let error = error.expect_err("converted before").to_string();
     assert!(error.contains("already converted (w8)"), "{error}");
-    let error = run_to(&folder, Quant::W8, &out, Some(0)).expect_err("no threads").to_string();
-    assert_eq!(error, "threads is 0, expected at least 1");
+    for threads in [0, 1025] {
+        let error = run_to(&folder, Quant::W8, &out, Some(threads)).expect_err("bad threads");
+        assert_eq!(error.to_string(), format!("threads is {threads}, expected 1 to 1024"));
+    }
 
     // Beside the checkpoint, the file does not count as one of its weights.
     let in_folder = Checkpoint::open(folder.root()).expect("the checkpoint");

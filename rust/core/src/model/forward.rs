@@ -13,6 +13,7 @@ use crate::pool::Pool;
 use crate::quant::Quant;
 use crate::simd::Cpu;
 use crate::state::{KV_CHUNK, KvFormat, State};
+use crate::threads;
 use crate::trace::Trace;
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use std::sync::Arc;
 pub struct Options {
     /// Positions a session may hold; the model's native context if not given.
     pub context: Option<usize>,
-    /// Threads, the caller's included; the machine's cores if not given.
+    /// Threads, the caller's included; [`threads::default_threads`] if not given.
     pub threads: Option<usize>,
     /// Format of the KV cache; f32 for unquantised weights and f16 otherwise if not given.
     pub kv: Option<KvFormat>,
@@ -84,11 +85,7 @@ impl Model {
         if context == 0 || context > native {
             return Err(Error::Argument(format!("context is {context}, expected 1 to {native}")));
         }
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = options.threads.unwrap_or(cores);
-        if threads == 0 || threads > 1024 {
-            return Err(Error::Argument(format!("threads is {threads}, expected 1 to 1024")));
-        }
+        let threads = threads::checked(options.threads.unwrap_or_else(threads::default_threads))?;
         let cpu = match (options.cpu, std::env::var("QDELTA_ISA")) {
             (Some(cpu), _) => cpu,
             (None, Ok(name)) if !name.is_empty() => Cpu::named(&name)?,
