@@ -10,24 +10,34 @@
 //! requests. (A general work-stealing pool wakes its sleepers through the system for every
 //! region, which costs more than most regions of a decode step last.)
 //!
-//! Why it is sound: the job pointer is written before the chunks are published (release) and read
-//! after one was claimed (acquire). The last chunk that a thread claimed counts as done only after
-//! the thread has left the job. So whoever is inside a job holds a chunk that is not done, and
-//! `run` returns only when all are.
+//! Why it is sound: the job is written before the chunks are published (release) and read after
+//! one was claimed (acquire). The last chunk that a thread claimed counts as done only after the
+//! thread has left the job. So whoever is inside a job holds a chunk that is not done, and `run`
+//! returns only when all are. A thread that comes late, with the word of an old share in hand, may
+//! find the same word in a new region and claim a chunk: it then has a chunk of the new region,
+//! and, as the exchange read what `run` stored, the new job with it. A region that ended in a panic
+//! is over like any other. `loom_tests` try all of this.
 
+mod sync;
+
+use self::sync::{
+    Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard, UnsafeCell, spin, thread,
+};
 use std::any::Any;
-use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle, Thread};
-use std::time::{Duration, Instant};
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// How long a thread spins for the next region before it parks. A parked thread takes 5 to 10 us
 /// to wake; regions of one step follow each other within a few.
 const SPIN: Duration = Duration::from_micros(50);
+
+/// How long the caller spins for the last chunks, which take a few microseconds, before it lets
+/// others run: on a busy machine the holder of a chunk may need this very CPU.
+const SPIN_FOR_CHUNKS: Duration = Duration::from_micros(20);
 
 /// What a participant runs: its thread's number, its first chunk.
 type Job<'a> = dyn Fn(usize, usize) + Sync + 'a;
@@ -42,6 +52,7 @@ struct Shared {
     shares: Box<[Line<AtomicU64>]>,
     done: Line<AtomicUsize>,
     job: UnsafeCell<Option<&'static Job<'static>>>,
+    /// Whether a thread is parked, or about to be; written by that thread only.
     parked: Box<[AtomicBool]>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -84,7 +95,7 @@ impl Shared {
         while let Some(first) = self.claim(thread) {
             // SAFETY: a chunk is claimed and not done, so `run` has not returned: the job is
             // alive and nobody writes the cell.
-            let job = unsafe { (*self.job.get()).expect("a published region has a job") };
+            let job = self.job.with(|job| unsafe { *job }).expect("a published region has a job");
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(thread, first))) {
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
             }
@@ -94,28 +105,30 @@ impl Shared {
 
     /// Waits for an epoch other than `seen`.
     fn wait(&self, thread: usize, seen: u32) -> u32 {
-        let start = Instant::now();
-        loop {
-            for _ in 0..64 {
-                let epoch = self.epoch.0.load(Ordering::Acquire);
-                if epoch != seen {
-                    return epoch;
-                }
-                std::hint::spin_loop();
-            }
-            if start.elapsed() > SPIN {
-                break;
-            }
+        let other = |epoch| (epoch != seen).then_some(epoch);
+        if let Some(epoch) = spin(SPIN, || other(self.epoch.0.load(Ordering::Acquire))) {
+            return epoch;
         }
-        loop {
-            // Either the publisher sees the flag, or this thread sees the new epoch.
-            self.parked[thread].store(true, Ordering::SeqCst);
-            let epoch = self.epoch.0.load(Ordering::SeqCst);
-            if epoch != seen {
-                self.parked[thread].store(false, Ordering::Relaxed);
-                return epoch;
+        self.parked[thread].store(true, Ordering::Relaxed);
+        // Of this change of the epoch and the publisher's, one is first: either this thread sees the
+        // new epoch, or the publisher, who reads this one's, also sees the flag.
+        let epoch = loop {
+            match other(self.epoch.0.fetch_add(0, Ordering::AcqRel)) {
+                Some(epoch) => break epoch,
+                None => thread::park(),
             }
-            thread::park();
+        };
+        self.parked[thread].store(false, Ordering::Relaxed);
+        epoch
+    }
+
+    /// Makes the waiting threads look.
+    fn next_epoch(&self, handles: &[thread::Thread]) {
+        self.epoch.0.fetch_add(1, Ordering::AcqRel);
+        for (parked, handle) in self.parked[1..].iter().zip(handles) {
+            if parked.load(Ordering::Relaxed) {
+                handle.unpark();
+            }
         }
     }
 }
@@ -123,8 +136,8 @@ impl Shared {
 /// The threads of a model.
 pub struct Pool {
     shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
-    handles: Vec<Thread>,
+    workers: Vec<thread::JoinHandle<()>>,
+    handles: Vec<thread::Thread>,
     team: Mutex<()>,
 }
 
@@ -148,7 +161,7 @@ impl Pool {
                     .name(format!("qdelta-{thread}"))
                     .spawn(move || {
                         let mut epoch = 0;
-                        while !shared.stop.load(Ordering::Acquire) {
+                        while !shared.stop.load(Ordering::Relaxed) {
                             shared.participate(thread);
                             epoch = shared.wait(thread, epoch);
                         }
@@ -169,16 +182,15 @@ impl Pool {
     /// The exclusive use of the threads, for as long as the result lives.
     pub fn team(&self) -> Team<'_> {
         let guard = self.team.lock().unwrap_or_else(PoisonError::into_inner);
-        Team { pool: self, _guard: guard }
+        Team { pool: self, _guard: guard, busy: AtomicBool::new(false) }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.next_epoch(&self.handles);
         for worker in self.workers.drain(..) {
-            worker.thread().unpark();
             // A worker catches the panics of its jobs, so it ends normally.
             let _ = worker.join();
         }
@@ -189,6 +201,8 @@ impl Drop for Pool {
 pub struct Team<'a> {
     pool: &'a Pool,
     _guard: MutexGuard<'a, ()>,
+    /// A region is under way.
+    busy: AtomicBool,
 }
 
 impl Team<'_> {
@@ -199,7 +213,8 @@ impl Team<'_> {
     /// Runs `body` once for each chunk. A thread that takes part calls `init` first, with its
     /// number, and hands the result to each of its chunks.
     ///
-    /// A panic in a chunk is raised again here, when the other chunks are done.
+    /// A panic in a chunk is raised again here, when the other chunks are done. Panics if the team
+    /// is in a region of several chunks already.
     pub fn run<S>(
         &self,
         chunks: usize,
@@ -217,6 +232,7 @@ impl Team<'_> {
             return;
         }
         assert!(chunks <= u32::MAX as usize);
+        assert!(!self.busy.swap(true, Ordering::Acquire), "a region inside a region");
         let job = |thread: usize, first: usize| {
             let mut state = init(thread);
             body(&mut state, first);
@@ -226,31 +242,25 @@ impl Team<'_> {
             }
         };
         let job: &Job<'_> = &job;
-        // SAFETY: no chunk is claimed (the previous region is over, this one not yet published),
+        // SAFETY: the team is this caller's (`busy`) and the pool the team's, and no chunk is
+        // claimed (the previous region is over, this one not yet published),
         // so nobody reads the cell; the lifetime is extended only for threads that hold a chunk of
         // this region, and this function waits for all chunks.
-        unsafe {
-            *shared.job.get() = Some(std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job))
-        };
+        shared.job.with_mut(|cell| unsafe {
+            *cell = Some(std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job));
+        });
         shared.done.0.store(0, Ordering::Relaxed);
         for (t, share) in shared.shares.iter().enumerate() {
             let (next, end) = (chunks * t / threads, chunks * (t + 1) / threads);
             share.0.store((next as u64) << 32 | end as u64, Ordering::Release);
         }
-        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
-        for (parked, handle) in shared.parked[1..].iter().zip(&self.pool.handles) {
-            if parked.load(Ordering::SeqCst) {
-                parked.store(false, Ordering::SeqCst);
-                handle.unpark();
-            }
-        }
+        shared.next_epoch(&self.pool.handles);
         shared.participate(0);
-        let mut spins = 0u32;
-        while shared.done.0.load(Ordering::Acquire) < chunks {
-            spins += 1;
-            // On a busy machine the holder of a chunk may need this very CPU.
-            if spins.is_multiple_of(4096) { thread::yield_now() } else { std::hint::spin_loop() }
+        let over = || (shared.done.0.load(Ordering::Acquire) == chunks).then_some(());
+        while spin(SPIN_FOR_CHUNKS, over).is_none() {
+            thread::yield_now();
         }
+        self.busy.store(false, Ordering::Release);
         let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(panic) = panic {
             resume_unwind(panic);
@@ -348,10 +358,12 @@ impl Tile<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, loom))]
+mod loom_tests;
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicUsize;
 
     #[test]
     fn every_chunk_runs_once() {
@@ -419,6 +431,17 @@ mod tests {
             let want: Vec<f32> = (1..=rows * width).map(|i| i as f32).collect();
             assert_eq!(matrix, want);
         }
+    }
+
+    #[test]
+    fn a_region_inside_a_region_is_refused() {
+        let pool = Pool::new(2);
+        let team = pool.team();
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            team.run(2, |_| (), |(), _| team.run(2, |_| (), |(), _| ()));
+        }));
+        assert!(result.is_err());
+        team.run(2, |_| (), |(), _| ());
     }
 
     #[test]
