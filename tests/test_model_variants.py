@@ -182,19 +182,34 @@ def test_formula_weights(tmp_path):
         assert np.abs(got - truth.logits([3, 1, 4, 1, 5, 9, 2, 6])).max() < 1e-4
 
 
-def decode_packed(stored: Stored, rows: int, cols: int) -> np.ndarray:
+def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray:
     """A packed matrix, read as docs/formats.md has it: [panels, blocks of 16 rows x 64 columns].
 
     A block begins with 2 x 16 scales, of its column groups and rows. Codes follow in steps that
     hold 4 bytes of every row: 8-bit codes around 128, or pairs of 4-bit codes around 8, of which
-    the low ones are columns 8 step + i and the high ones 8 step + 4 + i.
+    the low ones are columns 8 step + i and the high ones 8 step + 4 + i. In two planes, blocks of
+    the upper halves of 8-bit codes come first, then those of the lower halves, without scales.
     """
-    panels, width = stored.shape
-    eight = width % 1088 == 0 and width // 1088 == -(-cols // 64)
-    blocks = np.frombuffer(stored.data, np.uint8).reshape(panels, -1, 1088 if eight else 576)
+    panels = stored.shape[0]
+    data = np.frombuffer(stored.data, np.uint8)
+    low = None
+    if kind == "w8_planes":
+        data, low = data[: len(data) // 17 * 9], data[len(data) // 17 * 9 :]
+    blocks = data.reshape(panels, -1, 1088 if kind == "w8" else 576)
     scales = blocks[..., :64].copy().view("<f2").reshape(panels, -1, 2, 16).astype(np.float64)
-    steps = blocks[..., 64:].reshape(panels, blocks.shape[1], -1, 16, 4).astype(np.int64)
-    codes = steps - 128 if eight else np.concatenate([steps & 15, steps >> 4], axis=-1) - 8
+
+    def steps(codes: np.ndarray) -> np.ndarray:
+        return codes.reshape(panels, blocks.shape[1], -1, 16, 4).astype(np.int64)
+
+    def nibbles(codes: np.ndarray) -> np.ndarray:
+        return np.concatenate([steps(codes) & 15, steps(codes) >> 4], axis=-1)
+
+    if kind == "w8":
+        codes = steps(blocks[..., 64:]) - 128
+    elif low is None:
+        codes = nibbles(blocks[..., 64:]) - 8
+    else:
+        codes = 16 * nibbles(blocks[..., 64:]) + nibbles(low) - 128
     codes = codes.transpose(0, 3, 1, 2, 4).reshape(panels, 16, -1, 2, 32)  # row, block, group
     weights = codes * scales.transpose(0, 3, 1, 2)[..., None]
     return weights.reshape(panels * 16, -1)[:rows, :cols]
@@ -225,18 +240,19 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
     exact, packed, decoded = Reference.load(folder), Container.read(out).tensors, {}
     for name, w in exact.weights.items():
         stem = name.removesuffix(".weight")
-        kind = next((k for k in ("w4", "w8") if f"{stem}.{k}" in packed), None)
+        kind = next((k for k in ("w4", "w8", "w8_planes") if f"{stem}.{k}" in packed), None)
         if kind is None:
             stored = packed[name]
             decoded[name] = widen(stored.dtype, stored.data).reshape(w.shape)
             np.testing.assert_array_equal(decoded[name], w, name)
             continue
-        decoded[name] = decode_packed(packed[f"{stem}.{kind}"], *w.shape)
+        decoded[name] = decode_packed(packed[f"{stem}.{kind}"], kind, *w.shape)
         groups = np.pad(np.abs(w), ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
         largest = np.repeat(groups.max(axis=2), 32, axis=1)[:, : w.shape[1]]
         error = np.abs(decoded[name] - w)
-        assert np.all(error <= largest * {"w8": 0.6 / 127, "w4": 1 / 6}[kind]), name
-        assert np.sqrt(np.mean(error**2) / np.mean(w**2)) < {"w8": 0.01, "w4": 0.12}[kind], name
+        most, mean = (1 / 6, 0.12) if kind == "w4" else (0.6 / 127, 0.01)
+        assert np.all(error <= largest * most), name
+        assert np.sqrt(np.mean(error**2) / np.mean(w**2)) < mean, name
     twin = Reference(exact.config, decoded, np.float64)
     ends = ("in_proj_a.weight", "in_proj_b.weight")  # too small to be packed
     unpacked = [w for name, w in twin.weights.items() if name.endswith(ends)]

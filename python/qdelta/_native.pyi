@@ -185,7 +185,10 @@ class kernels:  # a module
 
     @staticmethod
     def matmul(isa: str, format: str, rows: int, cols: int, tokens: int, repeats: int) -> float:
-        """A random [rows, cols] matrix times `tokens` rows. format: bf16, f16, f32, w8 or w4."""
+        """A random [rows, cols] matrix times `tokens` rows.
+
+        format: bf16, f16, f32, w8, w8_planes or w4.
+        """
 
     @staticmethod
     def delta_rule(isa: str, heads: int, tokens: int, repeats: int) -> float:

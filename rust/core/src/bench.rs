@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 
 /// The matrix format called `name`.
 pub fn format_named(name: &str) -> Result<Format> {
-    [Format::Bf16, Format::F16, Format::F32, Format::W8, Format::W4]
+    [Format::Bf16, Format::F16, Format::F32]
         .into_iter()
+        .chain(Format::PACKED)
         .find(|format| format.name() == name)
         .ok_or_else(|| {
-            Error::Argument(format!("format is `{name}`, expected one of: bf16, f16, f32, w8, w4"))
+            let names = "bf16, f16, f32, w8, w8_planes, w4";
+            Error::Argument(format!("format is `{name}`, expected one of: {names}"))
         })
 }
 
@@ -33,7 +35,9 @@ pub fn matmul(
     let mut random = Random::new(1);
     let rows = rows.next_multiple_of(PANEL_ROWS);
     let mut w = AlignedBuf::new(format.bytes(rows, cols));
-    random.fill_matrix(format, 0.02, &mut w);
+    for (plane, bytes) in format.split(&mut w).into_iter().enumerate() {
+        random.fill_plane(format, plane, 0.02, bytes);
+    }
     let mut x = vec![0.0; tokens * cols];
     random.fill(1.0, &mut x);
     if !format.is_packed() {

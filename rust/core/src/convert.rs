@@ -11,7 +11,7 @@ use crate::files::mmap::Mapping;
 use crate::files::{file_name, stat};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::tensors::{Storage, TensorSpec};
-use crate::quant::{Format, PANEL_ROWS, Quant, encode_panel, panel_bytes};
+use crate::quant::{Format, PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
 use crate::tensor::{Dtype, Tensor, widen};
 use crate::threads;
 use rayon::ThreadPool;
@@ -145,7 +145,7 @@ fn thread_pool(threads: usize) -> Result<ThreadPool> {
     builder.build().map_err(|e| Error::Internal(format!("no threads: {e}")))
 }
 
-/// Quantises a matrix, a panel a task.
+/// Quantises a matrix, a panel a task, once for each plane of the format.
 fn write_packed(
     writer: &mut Writer,
     source: &Checkpoint,
@@ -155,40 +155,47 @@ fn write_packed(
 ) -> Result<()> {
     let (rows, cols) = spec.rows_cols();
     let float = float_format(spec, tensor)?;
-    let panel = panel_bytes(format, cols);
     let row_bytes = float.bytes(1, cols);
-    let slab_panels = (SLAB_BYTES / panel).max(1);
     let panels = rows.div_ceil(PANEL_ROWS);
-    let mut slab = vec![0; slab_panels.min(panels) * panel];
-    for first in (0..panels).step_by(slab_panels) {
-        let slab = &mut slab[..slab_panels.min(panels - first) * panel];
-        // Whether all values of the panel can be stored.
-        let encode = |values: &mut Vec<f32>, (i, out): (usize, &mut [u8])| {
-            let start = (first + i) * PANEL_ROWS;
-            let end = (start + PANEL_ROWS).min(rows);
-            values.resize((end - start) * cols, 0.0);
-            widen(float, &tensor.bytes[start * row_bytes..end * row_bytes], values);
-            let fits = values.iter().all(|x| x.abs() <= LARGEST);
-            if fits {
-                encode_panel(format, values, cols, out);
+    for plane in planes(format, cols) {
+        let slab_panels = (SLAB_BYTES / plane.len()).max(1);
+        let mut slab = vec![0; slab_panels.min(panels) * plane.len()];
+        for first in (0..panels).step_by(slab_panels) {
+            let slab = &mut slab[..slab_panels.min(panels - first) * plane.len()];
+            // Whether all values of the panel can be stored.
+            let encode = |(values, panel): &mut (Vec<f32>, Vec<u8>),
+                          (i, out): (usize, &mut [u8])| {
+                let start = (first + i) * PANEL_ROWS;
+                let end = (start + PANEL_ROWS).min(rows);
+                values.resize((end - start) * cols, 0.0);
+                widen(float, &tensor.bytes[start * row_bytes..end * row_bytes], values);
+                let fits = values.iter().all(|x| x.abs() <= LARGEST);
+                if fits {
+                    encode_panel(format, values, cols, panel);
+                    out.copy_from_slice(&panel[plane.clone()]);
+                }
+                fits
+            };
+            let mut encode_all = || {
+                let init = || (Vec::new(), vec![0; panel_bytes(format, cols)]);
+                let panels = slab.par_chunks_exact_mut(plane.len()).enumerate();
+                panels.map_init(init, encode).all(|fits| fits)
+            };
+            let all_fit = match pool {
+                Some(pool) => pool.install(encode_all),
+                None => encode_all(),
+            };
+            if !all_fit {
+                check_rows(source, spec, tensor, LARGEST)?;
+                return Err(Error::Internal(format!(
+                    "tensor `{}` does not fit its format",
+                    spec.name
+                )));
             }
-            fits
-        };
-        let mut encode_all = || {
-            let panels = slab.par_chunks_exact_mut(panel).enumerate();
-            panels.map_init(Vec::new, encode).all(|fits| fits)
-        };
-        let all_fit = match pool {
-            Some(pool) => pool.install(encode_all),
-            None => encode_all(),
-        };
-        if !all_fit {
-            check_rows(source, spec, tensor, LARGEST)?;
-            return Err(Error::Internal(format!("tensor `{}` does not fit its format", spec.name)));
+            let rows = first * PANEL_ROWS..((first + slab_panels) * PANEL_ROWS).min(rows);
+            source.release(&tensor.bytes[rows.start * row_bytes..rows.end * row_bytes]);
+            writer.put(slab)?;
         }
-        let rows = first * PANEL_ROWS..((first + slab_panels) * PANEL_ROWS).min(rows);
-        source.release(&tensor.bytes[rows.start * row_bytes..rows.end * row_bytes]);
-        writer.put(slab)?;
     }
     Ok(())
 }

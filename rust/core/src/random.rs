@@ -1,6 +1,6 @@
 //! Random numbers for synthetic weights and benchmarks.
 
-use crate::quant::{Format, w4, w8};
+use crate::quant::{Format, w4, w8, w8_planes};
 use half::{bf16, f16};
 
 /// xorshift64* (Marsaglia 2003, Vigna 2016): fast, and good enough for weights nobody reads.
@@ -27,8 +27,8 @@ impl Random {
         x.iter_mut().for_each(|x| *x = self.uniform(scale));
     }
 
-    /// Fills the bytes of a matrix with weights of about -scale..scale.
-    pub fn fill_matrix(&mut self, format: Format, scale: f32, bytes: &mut [u8]) {
+    /// Fills a plane of a matrix, or whole blocks of it, with weights of about -scale..scale.
+    pub fn fill_plane(&mut self, format: Format, plane: usize, scale: f32, bytes: &mut [u8]) {
         match format {
             Format::Bf16 => bytes.as_chunks_mut().0.iter_mut().for_each(|x| {
                 *x = bf16::from_f32(self.uniform(scale)).to_le_bytes();
@@ -41,6 +41,10 @@ impl Random {
             }),
             Format::W4 => self.fill_blocks(w4::BLOCK_BYTES, scale / 8.0, bytes),
             Format::W8 => self.fill_blocks(w8::BLOCK_BYTES, scale / 128.0, bytes),
+            Format::W8Planes if plane == 0 => {
+                self.fill_blocks(w8_planes::HIGH_BYTES, scale / 128.0, bytes);
+            }
+            Format::W8Planes => self.fill_codes(bytes),
         }
     }
 
@@ -50,9 +54,13 @@ impl Random {
         for block in bytes.chunks_exact_mut(block_bytes) {
             let (scales, codes) = block.split_at_mut(w4::SCALE_BYTES);
             scales.as_chunks_mut().0.fill(scale);
-            for codes in codes.as_chunks_mut().0 {
-                *codes = self.next().to_le_bytes();
-            }
+            self.fill_codes(codes);
+        }
+    }
+
+    fn fill_codes(&mut self, codes: &mut [u8]) {
+        for codes in codes.as_chunks_mut().0 {
+            *codes = self.next().to_le_bytes();
         }
     }
 }

@@ -181,6 +181,6 @@ pub fn widen(format: Format, bytes: &[u8], out: &mut [f32]) {
                 *out = f32::from_le_bytes(*x);
             }
         }
-        Format::W8 | Format::W4 => panic!("{} has no elements to widen", format.name()),
+        _ => panic!("{} has no elements to widen", format.name()),
     }
 }

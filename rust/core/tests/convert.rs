@@ -6,7 +6,7 @@ use common::{FILE, Folder, Stored, TEXT, Tiny, config, join, split};
 use qdelta_core::convert::{convert, verify};
 use qdelta_core::model::checkpoint::Checkpoint;
 use qdelta_core::model::tensors::Storage;
-use qdelta_core::quant::{PANEL_ROWS, Quant, encode_panel, panel_bytes};
+use qdelta_core::quant::{PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
 use qdelta_core::{Error, Result};
 use serde_json::json;
 use std::fs;
@@ -51,13 +51,13 @@ fn the_file_holds_the_checkpoint() {
         assert_eq!(read.quant, quant);
         assert_eq!(read.config_json, source.config_json);
         assert_eq!(read.sources(), source.sources());
-        assert_eq!(read.metadata()["qdelta.version"], "1");
+        assert_eq!(read.metadata()["qdelta.version"], "2");
         assert_eq!(&read.attachment("tokenizer.json").expect("attached")[..], b"some text");
         assert_eq!(&read.attachment("empty").expect("attached")[..], b"");
         assert!(read.attachment("none").is_none());
         assert_eq!(read.specs(), source.specs());
         assert!(read.has_mtp() && read.has_vision());
-        assert_eq!(read.tensor("lm_head.w8").is_some(), untied);
+        assert_eq!(read.tensor("lm_head.w8_planes").is_some(), untied);
         assert_eq!(read.listing().len(), source.specs().len());
 
         for spec in source.specs() {
@@ -76,10 +76,15 @@ fn the_file_holds_the_checkpoint() {
                     let mut panel = vec![0; panel_bytes(format, cols)];
                     let panels = values.chunks(PANEL_ROWS * cols);
                     assert_eq!(to.bytes.len(), panels.len() * panel.len());
-                    for (rows, to) in panels.zip(to.bytes.chunks(panel.len())) {
-                        panel.fill(0);
-                        encode_panel(format, rows, cols, &mut panel);
-                        assert_eq!(panel, to, "{}", spec.name);
+                    let mut rest = &to.bytes[..];
+                    for plane in planes(format, cols) {
+                        for rows in panels.clone() {
+                            panel.fill(0);
+                            encode_panel(format, rows, cols, &mut panel);
+                            let (to, after) = rest.split_at(plane.len());
+                            assert_eq!(panel[plane.clone()], *to, "{}", spec.name);
+                            rest = after;
+                        }
                     }
                 }
             }
@@ -224,7 +229,7 @@ fn damage_is_found() {
         fs::write(&out, join(&header, &data)).expect("a file");
         Checkpoint::open(&out).err().expect("a wrong header")
     };
-    let error = rewritten(&|header| header["__metadata__"]["qdelta.version"] = json!("2"));
+    let error = rewritten(&|header| header["__metadata__"]["qdelta.version"] = json!("1"));
     assert!(matches!(error, Error::Unsupported(_)));
     assert!(error.to_string().contains("convert the checkpoint again"), "{error}");
     let error = rewritten(&|header| header["__metadata__"]["qdelta.quant"] = json!("w4"));
@@ -238,6 +243,11 @@ fn damage_is_found() {
         error.to_string(),
         format!("{OUT}: tensor `{up}`: shape [1, 3264], expected [3, 1088]")
     );
+    let embedding = "embed_tokens.w8_planes";
+    for shape in [json!([1, 2 * 1088]), json!([2, 576]), json!([2, 512]), json!([2 * 1088])] {
+        let error = rewritten(&|header| header[embedding]["shape"] = shape.clone()).to_string();
+        assert!(error.starts_with(&format!("{OUT}: tensor `{embedding}`: ")), "{error}");
+    }
     let error = rewritten(&|header| header[up]["dtype"] = json!("I8"));
     assert_eq!(error.to_string(), format!("{OUT}: tensor `{up}`: dtype I8, expected U8"));
 

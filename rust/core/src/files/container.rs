@@ -1,7 +1,7 @@
 //! The converted file: a safetensors file whose matrices are laid out as the kernels read them.
 //!
-//! Names are those of the model's table; a packed matrix ends in its format (`.w4`, `.w8`) and is
-//! U8 [panels, bytes of a panel]. `file:NAME` holds the file NAME of the checkpoint folder. The
+//! Names are those of the model's table; a packed matrix ends in its format (`.w4`, `.w8`,
+//! `.w8_planes`) and is U8 [panels, bytes of a panel]. `file:NAME` holds the file NAME of the checkpoint folder. The
 //! data starts at a multiple of 4096 and every tensor at a multiple of 64 after that; `padding.N`
 //! fills the gaps, because the format allows no holes. `__metadata__` says where it comes from:
 //!
@@ -24,7 +24,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 /// Version of the layout. It counts every change of what the bytes mean, block formats included.
-pub const VERSION: &str = "1";
+pub const VERSION: &str = "2";
 /// The only recipe; see [`crate::model::tensors::Role::storage`].
 pub const RECIPE: &str = "balanced";
 /// Tensors start at multiples of this.
@@ -254,7 +254,7 @@ mod tests {
         let bytes = info().layout(&[]).header;
         let good = read_header(&bytes, "a").expect("a valid file").metadata;
         for (key, value, expected) in [
-            ("qdelta.version", Some("7"), "this program reads \"1\"; convert the checkpoint again"),
+            ("qdelta.version", Some("7"), "this program reads \"2\"; convert the checkpoint again"),
             ("qdelta.version", None, "not a file that qdelta converted"),
             ("qdelta.recipe", Some("bold"), "`qdelta.recipe` is \"bold\""),
             ("qdelta.quant", Some("none"), "`qdelta.quant` is \"none\", expected \"w4\" or \"w8\""),

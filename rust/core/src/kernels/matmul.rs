@@ -5,11 +5,12 @@
 //! each; float formats add 16 lanes in column order and then the lanes. It depends neither on the
 //! number of tokens nor on how the work is cut, so prefill and decode agree to the bit.
 
-use super::load_some;
 use super::quantize::QuantTile;
+use super::{load_some, planes};
 use crate::quant::float::{Bf16, F16, F32, Float};
 use crate::quant::w4::W4;
 use crate::quant::w8::W8;
+use crate::quant::w8_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::marker::PhantomData;
@@ -21,8 +22,8 @@ const PREFETCH_TOKENS: usize = 6;
 
 /// Product of whole panels of a packed matrix with the tokens of a tile.
 ///
-/// panels: n panels of `cols` columns; y: [tokens, 16 n]. Panics if the lengths disagree or the
-/// tile holds more tokens than the instruction set takes.
+/// panels: n panels of `cols` columns, in two planes a whole matrix; y: [tokens, 16 n]. Panics if
+/// the lengths disagree or the tile holds more tokens than the instruction set takes.
 pub fn packed(cpu: Cpu, format: Format, panels: &[u8], cols: usize, x: &QuantTile, y: &mut [f32]) {
     let bytes = panel_bytes(format, cols);
     assert!(panels.len().is_multiple_of(bytes));
@@ -30,6 +31,7 @@ pub fn packed(cpu: Cpu, format: Format, panels: &[u8], cols: usize, x: &QuantTil
     match format {
         Format::W4 => cpu.run(PackedProduct::<W4> { panels, bytes, x, y, format: PhantomData }),
         Format::W8 => cpu.run(PackedProduct::<W8> { panels, bytes, x, y, format: PhantomData }),
+        Format::W8Planes => planes::product(cpu, Planes::new(panels), cols, x, y),
         _ => unreachable!("panel_bytes accepts packed formats only"),
     }
 }
@@ -213,15 +215,18 @@ impl<F: Float> Kernel for FloatProduct<'_, F> {
 mod tests {
     use super::*;
     use crate::kernels::testing::{assert_close, random};
-    use crate::quant::{decode_row, encode_panel_on, packed_bytes};
+    use crate::quant::{decode_row, encode_panel_on, planes};
     use half::{bf16, f16};
 
     /// Rows x cols random weights in a packed format.
     fn pack(cpu: Cpu, format: Format, w: &[f32], cols: usize) -> Vec<u8> {
-        let mut bytes = vec![0; packed_bytes(format, w.len() / cols, cols)];
-        let panel = panel_bytes(format, cols);
-        for (rows, out) in w.chunks(PANEL_ROWS * cols).zip(bytes.chunks_exact_mut(panel)) {
-            encode_panel_on(cpu, format, rows, cols, out);
+        let mut panel = vec![0; panel_bytes(format, cols)];
+        let mut bytes = Vec::new();
+        for plane in planes(format, cols) {
+            for rows in w.chunks(PANEL_ROWS * cols) {
+                encode_panel_on(cpu, format, rows, cols, &mut panel);
+                bytes.extend_from_slice(&panel[plane.clone()]);
+            }
         }
         bytes
     }
@@ -229,7 +234,7 @@ mod tests {
     #[test]
     fn packed_products_match_the_decoded_matrix() {
         for cpu in Cpu::all() {
-            for format in [Format::W4, Format::W8] {
+            for format in Format::PACKED {
                 for (rows, cols) in [(1, 1), (16, 64), (17, 160), (40, 256), (33, 1000)] {
                     let w = random(rows * cols, 5);
                     let matrix = pack(cpu, format, &w, cols);
@@ -275,7 +280,7 @@ mod tests {
     fn packed_products_have_the_same_bits_for_any_number_of_tokens_and_fused_isa() {
         let (rows, cols) = (32, 320);
         let w = random(rows * cols, 7);
-        for format in [Format::W4, Format::W8] {
+        for format in Format::PACKED {
             let matrix = pack(Cpu::best(), format, &w, cols);
             let mut first: Option<Vec<f32>> = None;
             for cpu in Cpu::all() {
@@ -296,6 +301,29 @@ mod tests {
                 if cpu.name() != "portable" {
                     let first = first.get_or_insert_with(|| together[..rows].to_vec());
                     assert_eq!(first[..], together[..rows], "{cpu:?} {format:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn two_planes_have_the_bits_of_w8() {
+        for cpu in Cpu::all() {
+            for (rows, cols) in [(1, 1), (16, 64), (33, 200), (80, 1024)] {
+                let w = random(rows * cols, 12);
+                let [whole, planes] =
+                    [Format::W8, Format::W8Planes].map(|format| pack(cpu, format, &w, cols));
+                for tokens in 1..=cpu.tile_tokens() {
+                    // All signs of the largest code, and values in between.
+                    let mut x = random(tokens * cols, 13);
+                    x[..cols.min(64)].fill(1.0);
+                    x[tokens * cols - 1] = -1.0;
+                    let mut tile = QuantTile::default();
+                    tile.quantize(cpu, &x, cols);
+                    let mut y = [(); 2].map(|_| vec![0.0; tokens * rows.next_multiple_of(16)]);
+                    packed(cpu, Format::W8, &whole, cols, &tile, &mut y[0]);
+                    packed(cpu, Format::W8Planes, &planes, cols, &tile, &mut y[1]);
+                    assert_eq!(y[0], y[1], "{cpu:?} {rows}x{cols}, {tokens} tokens");
                 }
             }
         }

@@ -40,6 +40,19 @@ impl QuantTile {
         cpu.run(Quantize { x, cols, tile: self });
     }
 
+    /// Sum of the squares of each group of a single token. [cols / 32]
+    pub(super) fn squares(&self) -> Vec<f32> {
+        assert_eq!(self.tokens, 1);
+        let groups = self.codes.as_chunks::<GROUP_STEPS>().0.iter().zip(&self.scales);
+        groups
+            .map(|(codes, scale)| {
+                let codes = codes.as_flattened().iter();
+                let squares: i32 = codes.map(|code| i32::from(*code) * i32::from(*code)).sum();
+                scale * scale * squares as f32
+            })
+            .collect()
+    }
+
     /// The blocks of a tile of exactly M tokens.
     #[inline(always)]
     pub(super) fn blocks<const M: usize>(&self) -> impl Iterator<Item = QuantBlock<'_, M>> {

@@ -2,7 +2,8 @@
 
 use super::{Context, FEW_TOKENS};
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{matmul, norm};
+use crate::kernels::{matmul, norm, planes};
+use crate::quant::w8_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
 use crate::tensor::Bytes;
 use std::ops::Range;
@@ -109,13 +110,18 @@ impl Input {
     ) -> usize {
         let cols = self.cols;
         if matrix.format.is_packed() {
-            let bytes = panel_bytes(matrix.format, cols);
             let panels = rows.start / PANEL_ROWS..rows.end.div_ceil(PANEL_ROWS);
             let width = panels.len() * PANEL_ROWS;
             y.resize(tokens.len() * width, 0.0);
-            let panels = &matrix.bytes[panels.start * bytes..panels.end * bytes];
             let tile = &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
-            matmul::packed(ctx.cpu, matrix.format, panels, cols, tile, y);
+            if matrix.format == Format::W8Planes {
+                let panels = Planes::new(&matrix.bytes).panels(panels, cols);
+                planes::product(ctx.cpu, panels, cols, tile, y);
+            } else {
+                let bytes = panel_bytes(matrix.format, cols);
+                let panels = &matrix.bytes[panels.start * bytes..panels.end * bytes];
+                matmul::packed(ctx.cpu, matrix.format, panels, cols, tile, y);
+            }
             width
         } else {
             let bytes = matrix.format.bytes(1, cols);

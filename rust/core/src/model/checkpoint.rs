@@ -112,7 +112,7 @@ impl Checkpoint {
     }
 
     /// A tensor of the model. Names are those of the table; a packed matrix of a converted file
-    /// ends in `w4` or `w8` in place of `weight` and is U8 [panels, bytes of a panel].
+    /// ends in its format, like `w4`, in place of `weight` and is U8 [panels, bytes of a panel].
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
         self.tensors.get(name).map(|bound| &bound.tensor)
     }
@@ -187,7 +187,7 @@ impl Checkpoint {
     /// dtype, or format of a packed matrix, shape, bytes, file.
     pub fn listing(&self) -> Vec<(String, String, Vec<usize>, usize, String)> {
         let row = |t: &FileTensor| {
-            let packed = [Format::W4, Format::W8].map(Format::name).into_iter();
+            let packed = Format::PACKED.map(Format::name).into_iter();
             let format = packed
                 .filter(|_| self.quant != Quant::None)
                 .find(|format| t.name.ends_with(&format!(".{format}")));

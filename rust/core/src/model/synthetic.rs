@@ -48,9 +48,13 @@ fn random_tensor(spec: &TensorSpec, quant: Quant, seed: u64) -> Result<Tensor> {
     let bytes =
         if format.is_packed() { format.bytes(rows, cols) } else { format.bytes(1, elements) };
     let mut buffer = AlignedBuf::new(bytes);
-    buffer.par_chunks_mut(PART_BYTES).enumerate().for_each(|(part, bytes)| {
-        Random::new(seed.wrapping_add(part as u64)).fill_matrix(format, scale, bytes);
-    });
+    for (plane, bytes) in format.split(&mut buffer).into_iter().enumerate() {
+        let seed = seed ^ ((plane as u64) << 24);
+        bytes.par_chunks_mut(PART_BYTES).enumerate().for_each(|(part, bytes)| {
+            let mut random = Random::new(seed.wrapping_add(part as u64));
+            random.fill_plane(format, plane, scale, bytes);
+        });
+    }
     Ok(Tensor { dtype, shape: spec.stored_shape(quant), bytes: Bytes::from(buffer) })
 }
 

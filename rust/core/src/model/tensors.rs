@@ -50,9 +50,9 @@ impl Role {
         };
         match self {
             Role::Mlp | Role::LinearInput | Role::Query => Storage::Packed(narrow),
-            Role::Embedding | Role::Head | Role::LinearOutput | Role::KeyValue | Role::MtpInput => {
-                Storage::Packed(Format::W8)
-            }
+            Role::LinearOutput | Role::KeyValue | Role::MtpInput => Storage::Packed(Format::W8),
+            // In two planes, so that rows can be screened with one of them.
+            Role::Embedding | Role::Head => Storage::Packed(Format::W8Planes),
             Role::LinearGate | Role::Vision => Storage::AsIs,
             Role::Small => Storage::F32,
         }
@@ -95,7 +95,7 @@ impl TensorSpec {
         }
     }
 
-    /// The shape in a converted file: a packed matrix is [panels, bytes of a panel].
+    /// The shape in a converted file: a packed matrix is [panels, bytes of a panel in all planes].
     pub fn stored_shape(&self, quant: Quant) -> Vec<usize> {
         match self.role.storage(quant) {
             Storage::Packed(format) => {
@@ -343,6 +343,10 @@ mod tests {
         assert_eq!(
             stored("layers.0.linear_attn.in_proj_a.weight"),
             ("layers.0.linear_attn.in_proj_a.weight".to_owned(), vec![16, 1024])
+        );
+        assert_eq!(
+            stored("embed_tokens.weight"),
+            ("embed_tokens.w8_planes".to_owned(), vec![248_320 / 16, 1024 / 64 * 1088])
         );
     }
 }

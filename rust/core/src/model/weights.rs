@@ -14,7 +14,7 @@ use crate::tensor::Tensor;
 /// Where tensors come from: a checkpoint, or a generator.
 ///
 /// Names are those of the table in [`super::tensors`]; a packed matrix has the name of its format,
-/// `w4` or `w8`, in place of `weight`. Shapes were checked by the source.
+/// like `w4`, in place of `weight`. Shapes were checked by the source.
 pub trait Source: Send + Sync {
     fn tensor(&self, name: &str) -> Option<Tensor>;
 
@@ -85,7 +85,7 @@ impl Binder<'_> {
 
     /// The matrix `name`, in whatever format the source has it.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        for format in [Format::W4, Format::W8] {
+        for format in Format::PACKED {
             if let Some(tensor) = self.source.tensor(&format!("{name}.{}", format.name())) {
                 return Ok(Matrix { format, rows, cols, bytes: tensor.bytes });
             }

@@ -4,16 +4,19 @@
 //! [`w4`] and [`w8`] cut a matrix into panels of 16 output rows, so that one vector holds one
 //! value of each row and no product needs a horizontal sum. The columns of a panel are cut into
 //! groups of 32 with one scale per row and group; two groups make a block. Rows are padded to a
-//! whole panel and columns to a whole block, with codes that mean zero.
+//! whole panel and columns to a whole block, with codes that mean zero. [`w8_planes`] keeps the
+//! high and the low half of W8 codes apart.
 
 pub mod float;
 mod scale_search;
 pub mod w4;
 pub mod w8;
+pub mod w8_planes;
 
 use crate::error::{Error, Result};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 /// Output rows of a panel.
@@ -64,13 +67,16 @@ pub enum Format {
     F16,
     F32,
     W8,
+    W8Planes,
     W4,
 }
 
 impl Format {
+    pub const PACKED: [Format; 3] = [Format::W8, Format::W8Planes, Format::W4];
+
     /// Whether the matrix is in panels of quantised blocks.
     pub fn is_packed(self) -> bool {
-        matches!(self, Format::W8 | Format::W4)
+        Format::PACKED.contains(&self)
     }
 
     pub fn name(self) -> &'static str {
@@ -79,6 +85,7 @@ impl Format {
             Format::F16 => "f16",
             Format::F32 => "f32",
             Format::W8 => "w8",
+            Format::W8Planes => "w8_planes",
             Format::W4 => "w4",
         }
     }
@@ -88,7 +95,19 @@ impl Format {
         match self {
             Format::Bf16 | Format::F16 => 2 * rows * cols,
             Format::F32 => 4 * rows * cols,
-            Format::W8 | Format::W4 => packed_bytes(self, rows, cols),
+            Format::W8 | Format::W8Planes | Format::W4 => packed_bytes(self, rows, cols),
+        }
+    }
+
+    /// The planes of a whole matrix.
+    pub fn split(self, matrix: &mut [u8]) -> Vec<&mut [u8]> {
+        match self {
+            Format::W8Planes => {
+                let high = matrix.len() / w8_planes::BLOCK_BYTES * w8_planes::HIGH_BYTES;
+                let (high, low) = matrix.split_at_mut(high);
+                vec![high, low]
+            }
+            _ => vec![matrix],
         }
     }
 }
@@ -128,9 +147,21 @@ pub fn panel_bytes(format: Format, cols: usize) -> usize {
     let block = match format {
         Format::W4 => w4::BLOCK_BYTES,
         Format::W8 => w8::BLOCK_BYTES,
+        Format::W8Planes => w8_planes::BLOCK_BYTES,
         _ => panic!("{} has no panels", format.name()),
     };
     cols.div_ceil(BLOCK) * block
+}
+
+/// The planes of a packed format, as ranges of the bytes of a panel. A matrix is the first plane
+/// of all its panels, then the second.
+pub fn planes(format: Format, cols: usize) -> impl Iterator<Item = Range<usize>> {
+    let bytes = panel_bytes(format, cols);
+    let first = match format {
+        Format::W8Planes => cols.div_ceil(BLOCK) * w8_planes::HIGH_BYTES,
+        _ => bytes,
+    };
+    [0..first, first..bytes].into_iter().filter(|plane| !plane.is_empty())
 }
 
 /// Bytes of a packed matrix, padding included.
@@ -156,6 +187,11 @@ pub fn encode_panel_on(cpu: Cpu, format: Format, rows: &[f32], cols: usize, out:
         }
         Format::W8 => {
             cpu.run(EncodePanel::<w8::W8> { rows, cols, out, format: Default::default() })
+        }
+        Format::W8Planes => {
+            let mut panel = vec![0; panel_bytes(Format::W8, cols)];
+            encode_panel_on(cpu, Format::W8, rows, cols, &mut panel);
+            w8_planes::split_panel(&panel, out);
         }
         _ => unreachable!("panel_bytes accepts packed formats only"),
     }
@@ -192,6 +228,14 @@ impl<P: Packed> Kernel for EncodePanel<'_, P> {
 /// Decodes one row of a packed matrix. out: [cols].
 pub fn decode_row(format: Format, matrix: &[u8], cols: usize, row: usize, out: &mut [f32]) {
     assert_eq!(out.len(), cols);
+    if format == Format::W8Planes {
+        let first = row / PANEL_ROWS;
+        let panel = w8_planes::Planes::new(matrix).panels(first..first + 1, cols);
+        for (col, out) in out.iter_mut().enumerate() {
+            *out = panel.decode(col / BLOCK, row % PANEL_ROWS, col % BLOCK);
+        }
+        return;
+    }
     let bytes = panel_bytes(format, cols);
     let panel = &matrix[row / PANEL_ROWS * bytes..][..bytes];
     match format {

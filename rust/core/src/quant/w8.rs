@@ -72,9 +72,14 @@ impl Packed for W8 {
 
     #[inline]
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        let at = 2 * (col / GROUP * LANES + row);
-        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        let code = block[SCALE_BYTES + col / 4 * 4 * LANES + 4 * row + col % 4];
-        scale * (i32::from(code) - ZERO) as f32
+        value(block, row, col, block[SCALE_BYTES + col / 4 * 4 * LANES + 4 * row + col % 4])
     }
+}
+
+/// The value of a code in a block that starts with its scales.
+#[inline]
+pub fn value(block: &[u8], row: usize, col: usize, code: u8) -> f32 {
+    let at = 2 * (col / GROUP * LANES + row);
+    let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    scale * (i32::from(code) - ZERO) as f32
 }

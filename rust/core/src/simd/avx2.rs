@@ -277,6 +277,19 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         self.low_nibbles(high)
     }
     #[inline(always)]
+    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        let high = op!([_mm256_slli_epi16::<4>(high[0]), _mm256_slli_epi16::<4>(high[1])]);
+        let mask = op!(_mm256_set1_epi8(15));
+        let high = op!([_mm256_andnot_si256(mask, high[0]), _mm256_andnot_si256(mask, high[1])]);
+        both!(_mm256_or_si256(high, self.low_nibbles(low)))
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        let mask = op!(_mm256_set1_epi8(15));
+        let high = op!([_mm256_andnot_si256(mask, high[0]), _mm256_andnot_si256(mask, high[1])]);
+        both!(_mm256_or_si256(high, self.high_nibbles(low)))
+    }
+    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         op!(_mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))))
     }

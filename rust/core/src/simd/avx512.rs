@@ -36,6 +36,9 @@ macro_rules! op {
     };
 }
 
+/// Truth table of "where a: b, elsewhere c".
+const SELECT: i32 = 0xca;
+
 impl Isa for Avx512 {
     // 14 integer and 14 float accumulators leave 4 of 32 registers for weights and scales.
     const TILE_TOKENS: usize = 14;
@@ -188,6 +191,22 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn high_nibbles(self, b: Self::B) -> Self::B {
         op!(_mm512_and_si512(_mm512_srli_epi16::<4>(b), _mm512_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        op!(_mm512_ternarylogic_epi32::<SELECT>(
+            _mm512_set1_epi8(15),
+            low,
+            _mm512_slli_epi16::<4>(high)
+        ))
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        op!(_mm512_ternarylogic_epi32::<SELECT>(
+            _mm512_set1_epi8(15),
+            _mm512_srli_epi16::<4>(low),
+            high
+        ))
     }
     #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {

@@ -98,6 +98,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::B;
     fn low_nibbles(self, b: Self::B) -> Self::B;
     fn high_nibbles(self, b: Self::B) -> Self::B;
+    /// Bytes whose halves are the low nibbles of `high` and `low`.
+    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B;
+    /// Bytes whose halves are the high nibbles of `high` and `low`.
+    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B;
     fn splat_bytes(self, x: [i8; 4]) -> Self::X;
     fn zero_nibbles(self) -> Self::N;
     /// acc + sum of codes x over the four bytes of each lane, codes up to 15.

@@ -32,8 +32,13 @@ macro_rules! each {
     ($f:ident $(::<$n:literal>)? ($a:expr)) => {
         op!([$f$(::<$n>)?($a[0]), $f$(::<$n>)?($a[1]), $f$(::<$n>)?($a[2]), $f$(::<$n>)?($a[3])])
     };
-    ($f:ident($a:expr, $b:expr)) => {
-        op!([$f($a[0], $b[0]), $f($a[1], $b[1]), $f($a[2], $b[2]), $f($a[3], $b[3])])
+    ($f:ident $(::<$n:literal>)? ($a:expr, $b:expr)) => {
+        op!([
+            $f$(::<$n>)?($a[0], $b[0]),
+            $f$(::<$n>)?($a[1], $b[1]),
+            $f$(::<$n>)?($a[2], $b[2]),
+            $f$(::<$n>)?($a[3], $b[3]),
+        ])
     };
     ($f:ident($a:expr, $b:expr, $c:expr)) => {
         op!([
@@ -403,6 +408,14 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     #[inline(always)]
     fn high_nibbles(self, b: Self::B) -> Self::B {
         each!(vshrq_n_u8::<4>(b))
+    }
+    #[inline(always)]
+    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        each!(vsliq_n_u8::<4>(low, high))
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        each!(vsriq_n_u8::<4>(high, low))
     }
     #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {

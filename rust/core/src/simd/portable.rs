@@ -166,6 +166,14 @@ impl Isa for Portable {
         b.map(|b| b >> 4)
     }
     #[inline(always)]
+    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        std::array::from_fn(|i| high[i] << 4 | low[i] & 15)
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
+        std::array::from_fn(|i| high[i] & 0xf0 | low[i] >> 4)
+    }
+    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         x
     }

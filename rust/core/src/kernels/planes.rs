@@ -1,0 +1,163 @@
+//! Products with W8 in two planes ([`crate::quant::w8_planes`]).
+//!
+//! [`product`] reads both planes: the operations, and so the bits, are those of W8 in
+//! [`super::matmul`]. [`screen`] reads the high plane only. With the missing nibble at the middle
+//! of its range the estimate of an output is
+//!
+//!     sum over groups of scale_w scale_x sum(x (16 high + 7.5 - 128))
+//!
+//! and its error the sum of scale_w (low - 7.5) x. Low nibbles are as good as random and evenly
+//! spread, with variance (16^2 - 1) / 12, so that the variance of the error is
+//!
+//!     21.25 sum over groups of scale_w^2 |x|^2
+//!
+//! which needs no more than the scales of the high plane.
+
+use super::quantize::QuantTile;
+use crate::quant::w4::W4;
+use crate::quant::w8_planes::{self, HIGH_BYTES, LOW_BYTES, Planes};
+use crate::quant::{BLOCK, PANEL_ROWS, Packed};
+use crate::simd::{Cpu, Isa, Kernel};
+
+/// As in [`super::matmul`].
+const PREFETCH_AHEAD: usize = 4096;
+const PREFETCH_TOKENS: usize = 6;
+
+/// Values of a high nibble's step, and the middle of the low nibble.
+const STEP: f32 = 16.0;
+const MIDDLE: f32 = 7.5;
+/// Variance of a low nibble.
+const VARIANCE: f32 = 21.25;
+
+/// Product of whole panels with the tokens of a tile.
+///
+/// planes: n panels of `cols` columns; y: [tokens, 16 n]. Panics if the lengths disagree or the
+/// tile holds more tokens than the instruction set takes.
+pub fn product(cpu: Cpu, planes: Planes<'_>, cols: usize, x: &QuantTile, y: &mut [f32]) {
+    let blocks = blocks_of_a_panel(planes, cols);
+    assert_eq!(y.len(), planes.high.len() / blocks * PANEL_ROWS * x.tokens());
+    cpu.run(Product { planes, blocks, x, y });
+}
+
+/// Estimates of a product with one token, and the variances of their errors.
+///
+/// planes: n panels of `cols` columns; estimates, variances: [16 n].
+pub fn screen(
+    cpu: Cpu,
+    planes: Planes<'_>,
+    cols: usize,
+    x: &QuantTile,
+    (estimates, variances): (&mut [f32], &mut [f32]),
+) {
+    let blocks = blocks_of_a_panel(planes, cols);
+    let rows = planes.high.len() / blocks * PANEL_ROWS;
+    assert_eq!((estimates.len(), variances.len()), (rows, rows));
+    assert_eq!(x.tokens(), 1);
+    cpu.run(Screen { planes, blocks, x, estimates, variances });
+}
+
+fn blocks_of_a_panel(planes: Planes<'_>, cols: usize) -> usize {
+    let blocks = cols.div_ceil(BLOCK);
+    assert!(planes.high.len() == planes.low.len() && planes.high.len().is_multiple_of(blocks));
+    blocks
+}
+
+struct Product<'a> {
+    planes: Planes<'a>,
+    blocks: usize,
+    x: &'a QuantTile,
+    y: &'a mut [f32],
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    fn tile<S: Isa, const M: usize>(self, s: S) {
+        let width = self.y.len() / M;
+        let Planes { high, low } = self.planes;
+        let panels = high.chunks_exact(self.blocks).zip(low.chunks_exact(self.blocks));
+        for (p, (high_panel, low_panel)) in panels.enumerate() {
+            let mut acc = [s.splat(0.0); M];
+            let blocks = high_panel.iter().zip(low_panel).zip(self.x.blocks::<M>());
+            for (i, (block, x)) in blocks.enumerate() {
+                if M >= PREFETCH_TOKENS {
+                    let at = p * self.blocks + i;
+                    prefetch(s, high.as_flattened(), at * HIGH_BYTES, HIGH_BYTES);
+                    prefetch(s, low.as_flattened(), at * LOW_BYTES, LOW_BYTES);
+                }
+                for g in 0..2 {
+                    let scales = W4::scales(s, block.0, g);
+                    let dots = w8_planes::dot::<S, M>(s, block, g, x.codes, &x.sums[g]);
+                    for m in 0..M {
+                        let scale = s.mul(scales, s.splat(x.scales[g][m]));
+                        acc[m] = s.fma(s.to_f32(dots[m]), scale, acc[m]);
+                    }
+                }
+            }
+            for m in 0..M {
+                let y = &mut self.y[m * width + p * PANEL_ROWS..];
+                s.store(acc[m], y.first_chunk_mut().expect("a panel of outputs is there"));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn prefetch<S: Isa>(s: S, plane: &[u8], at: usize, bytes: usize) {
+    let mut line = 0;
+    while line < bytes {
+        s.prefetch(plane, at + PREFETCH_AHEAD + line);
+        line += 64;
+    }
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) {
+        macro_rules! tiles {
+            ($($m:literal)*) => {
+                match self.x.tokens() {
+                    0 => {}
+                    $($m if $m <= S::TILE_TOKENS => self.tile::<S, $m>(s),)*
+                    m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
+                }
+            };
+        }
+        tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+    }
+}
+
+struct Screen<'a> {
+    planes: Planes<'a>,
+    blocks: usize,
+    x: &'a QuantTile,
+    estimates: &'a mut [f32],
+    variances: &'a mut [f32],
+}
+
+impl Kernel for Screen<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) {
+        let squares = self.x.squares();
+        let out = self.estimates.as_chunks_mut().0.iter_mut();
+        let out = out.zip(self.variances.as_chunks_mut().0);
+        for (panel, (estimates, variances)) in self.planes.high.chunks_exact(self.blocks).zip(out) {
+            let (mut estimate, mut variance) = (s.splat(0.0), s.splat(0.0));
+            let blocks = panel.iter().zip(self.x.blocks::<1>()).zip(squares.as_chunks::<2>().0);
+            for ((block, x), squares) in blocks {
+                for g in 0..2 {
+                    let scales = W4::scales(s, block, g);
+                    let [dots] = W4::dot::<S, 1>(s, block, g, x.codes, &x.sums[g]);
+                    let middle = s.splat(MIDDLE / STEP * x.sums[g][0] as f32);
+                    let dots = s.add(s.to_f32(dots), middle);
+                    let scale = s.mul(scales, s.splat(x.scales[g][0]));
+                    estimate = s.fma(dots, scale, estimate);
+                    variance = s.fma(s.mul(scales, scales), s.splat(squares[g]), variance);
+                }
+            }
+            s.store(s.mul(estimate, s.splat(STEP)), estimates);
+            s.store(s.mul(variance, s.splat(VARIANCE)), variances);
+        }
+    }
+}
