@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ._native import instruction_sets
     from .llm import Model
     from .loading import load
-    from .results import Completion, Event, Message, Perplexity, Score, Timings, Usage
+    from .results import Completion, Event, Message, Perplexity, Score, Screening, Timings, Usage
     from .sampling import Sampling
     from .session import Session
     from .stream import AsyncStream, Stream
@@ -44,6 +44,7 @@ _HOMES = {
     "Perplexity": "results",
     "Sampling": "sampling",
     "Score": "results",
+    "Screening": "results",
     "Session": "session",
     "Stream": "stream",
     "TextDecoder": "tokenizer",
@@ -68,6 +69,7 @@ __all__ = [
     "Perplexity",
     "Sampling",
     "Score",
+    "Screening",
     "Session",
     "Stream",
     "TextDecoder",

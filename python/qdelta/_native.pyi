@@ -72,6 +72,7 @@ class Model:
         threads: int | None = None,
         kv: str = "auto",
         isa: str | None = None,
+        head: str = "full",
     ) -> Model: ...
     @staticmethod
     def synthetic(
@@ -83,6 +84,7 @@ class Model:
         threads: int | None = None,
         kv: str = "auto",
         isa: str | None = None,
+        head: str = "full",
     ) -> Model:
         """A model of random weights at the shapes of `config_json`, for measurements."""
 
@@ -95,6 +97,11 @@ class Model:
     @property
     def kv(self) -> str:
         """Format of the KV cache: "f16", "f32" or "q8"."""
+
+    @property
+    def head(self) -> str:
+        """How sessions find candidates: "screened" if that was asked for and the weights are
+        quantised, else "full"."""
 
     @property
     def quant(self) -> str:
@@ -152,6 +159,14 @@ class Session:
 
         Entries `ids` count as `values` (int32, float32 [n]); the row itself is left as it was.
         Equal entries: the smaller id comes first. Returns ids and values, [min(k, limit)] each.
+        With a screened head and k up to 256 the other entries are not computed.
+        """
+
+    def screening(self, k: int, *, limit: int) -> list[tuple[int, int]]:
+        """Screen each row of the last feed, which had at most 512 tokens and logits "all".
+
+        Returns for each row how many entries were computed exactly, and how many of the k largest
+        among ids below `limit` were missed. Raises ArgumentError if the head is full.
         """
 
     def snapshot(self) -> Snapshot:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import ArgumentError, ContextError
-from .results import Perplexity, Score, Timings, Usage
+from .results import Perplexity, Score, Screening, Timings, Usage
 from .session import PREFILL_CHUNK, feed_prompt, pieces
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def perplexity(
     Each window runs alone from an empty state; its first token is not scored; an incomplete
     last window is left out. tokens: int32 [n]. progress: called with (windows done, in all).
     """
-    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
-        raise ArgumentError(f"window: an integer of 2 or more expected, got {window!r}")
-    check_room(window, model.context)
+    check_window(window, model.context)
     n_windows = len(tokens) // window
     if n_windows == 0:
         raise ArgumentError(
@@ -99,6 +97,48 @@ def perplexity(
     )
 
 
+def screening(
+    model: _native.Model,
+    tokens: NDArray[np.int32],
+    *,
+    limit: int,
+    k: int,
+    window: int,
+    progress: Callable[[int, int], None] | None,
+) -> Screening:
+    """How often a screened head misses one of the k best tokens, over windows of a text.
+
+    Windows are as in `perplexity`, the last one may be incomplete; every position counts.
+    limit: ids from here on are no candidates. tokens: int32 [n].
+    """
+    check_window(window, model.context)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ArgumentError(f"k: an integer of 1 or more expected, got {k!r}")
+    if model.head != "screened":
+        raise ArgumentError('head: "screened" and quantised weights expected')
+    session = model.session()
+    windows = list(pieces(tokens, window))
+    rows: list[tuple[int, int]] = []
+    for index, part in enumerate(windows):
+        session.reset()
+        for piece in pieces(part, _rows_at_once(model)):
+            session.feed(piece, "all")
+            rows += session.screening(k, limit=limit)
+        if progress is not None:
+            progress(index + 1, len(windows))
+    counts, missed = np.array(rows).T
+    scored = counts[counts < model.vocab_size] / model.vocab_size
+    return Screening(
+        k=k,
+        positions=len(rows),
+        missed=int(missed.sum()),
+        missed_positions=int(np.count_nonzero(missed)),
+        full_positions=len(rows) - len(scored),
+        scored=float(scored.mean()) if len(scored) else 0.0,
+        most_scored=float(scored.max(initial=0.0)),
+    )
+
+
 def all_logits(model: _native.Model, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """The row after each token, from an empty state. int32 [n] -> float32 [n, vocab]."""
     check_room(len(tokens), model.context)
@@ -118,13 +158,23 @@ def check_room(needed: int, available: int) -> None:
         raise ContextError(needed, available)
 
 
+def check_window(window: int, available: int) -> None:
+    """Raise ArgumentError unless `window` is a number of tokens to score together."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+        raise ArgumentError(f"window: an integer of 2 or more expected, got {window!r}")
+    check_room(window, available)
+
+
+def _rows_at_once(model: _native.Model) -> int:
+    return max(1, min(PREFILL_CHUNK, _LOGITS_BYTES // (4 * model.vocab_size)))
+
+
 def _scored(
     model: _native.Model, session: _native.Session, tokens: NDArray[np.int32]
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
     """Feed all tokens but the last; yield rows of logits with the tokens that follow them."""
-    size = max(1, min(PREFILL_CHUNK, _LOGITS_BYTES // (4 * model.vocab_size)))
     done = 0
-    for piece in pieces(tokens[:-1], size):
+    for piece in pieces(tokens[:-1], _rows_at_once(model)):
         session.feed(piece, "all")
         done += len(piece)
         yield session.logits(), tokens[done - len(piece) + 1 : done + 1]

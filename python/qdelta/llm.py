@@ -13,7 +13,7 @@ from . import _native, evaluate, options, profiles, stream
 from .chat import check_tools, level_messages, refuse_pictures
 from .errors import ArgumentError, FileError, UnsupportedError
 from .reply import ReasoningSplitter, opens_reasoning
-from .results import Completion, Message, Perplexity, Score, Timings
+from .results import Completion, Message, Perplexity, Score, Screening, Timings
 from .sampling import Sampler, Sampling
 from .session import Session, token_array
 from .stream import AsyncStream, Control, Request, Stream
@@ -246,6 +246,25 @@ class Model:
         result = evaluate.perplexity(self.native, ids, window=window, progress=progress)
         result.timings.load_s, result.timings.tokenize_s = self._load_s, tokenize_s
         return result
+
+    def screening(
+        self,
+        text: str | Sequence[int],
+        *,
+        k: int = 20,
+        window: int = 512,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Screening:
+        """How often a screened head misses one of the `k` most likely tokens.
+
+        Both heads run at each position of the text, which is cut into windows as in
+        `perplexity`. Raises ArgumentError if the model was not loaded with head="screened".
+        """
+        ids = self._ids(text, "text")
+        limit = self.tokenizer.vocab_size
+        return evaluate.screening(
+            self.native, ids, limit=limit, k=k, window=window, progress=progress
+        )
 
     def _ids(
         self, prompt: str | Sequence[int], name: str = "prompt", *, special: bool = True

@@ -25,7 +25,7 @@ _SYNONYMS = {
     "local_files_only": "offline",
     "quantization": "quant",
 }
-_NAMES = frozenset({"quant", "ctx", "threads", "kv", "isa", "cache", "offline", "progress"})
+_NAMES = frozenset({"quant", "ctx", "threads", "kv", "isa", "head", "cache", "offline", "progress"})
 
 
 def load(
@@ -36,6 +36,7 @@ def load(
     threads: int | None = None,
     kv: str = "auto",
     isa: str | None = None,
+    head: str = "full",
     cache: str | Path | None = None,
     offline: bool = False,
     progress: bool | None = None,
@@ -55,16 +56,20 @@ def load(
     kv: KV cache as "f32", "f16" or "q8", signed bytes, which take half the memory of f16 and are
     faster with long contexts; "auto": "f32" with quant="none", else "f16". isa: an instruction
     set of `qdelta.instruction_sets()`; None: the best.
+    head: "full" chooses tokens from all logits. "screened" finds the candidates with half of the
+    head's bytes, in quantised weights, for greedy choices and top_k up to 256 without
+    processors; anything else is computed in full. A candidate may be missed, with odds that
+    `Model.screening` measures; those found have the same logits.
     cache: folder for converted files. offline: touch no network.
     progress: show progress bars; None: if the output is a terminal.
 
     Raises FileError, FileAccessError, UnsupportedError or ArgumentError.
     """
     given: dict[str, Any] = {
-        "quant": quant, "ctx": ctx, "threads": threads, "kv": kv, "isa": isa, "cache": cache,
-        "offline": offline, "progress": progress,
+        "quant": quant, "ctx": ctx, "threads": threads, "kv": kv, "isa": isa, "head": head,
+        "cache": cache, "offline": offline, "progress": progress,
     }  # fmt: skip
-    defaults = {"quant": "auto", "kv": "auto", "offline": False}
+    defaults = {"quant": "auto", "kv": "auto", "head": "full", "offline": False}
     for name, value in canonical("load", synonyms, _NAMES, _SYNONYMS).items():
         if given[name] != defaults.get(name):
             raise TypeError(f"load() got {name!r} twice, once under another name")
@@ -80,6 +85,7 @@ def _load(
     threads: int | None,
     kv: str,
     isa: str | None,
+    head: str,
     cache: str | Path | None,
     offline: bool,
     progress: bool | None,
@@ -88,7 +94,7 @@ def _load(
     path = locate(model, offline=offline, cache=cache, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)
-    native = _native.Model(checkpoint, context=ctx, threads=threads, kv=kv, isa=isa)
+    native = _native.Model(checkpoint, context=ctx, threads=threads, kv=kv, isa=isa, head=head)
     return Model(
         native,
         Tokenizer.from_files(files),

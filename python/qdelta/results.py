@@ -20,6 +20,7 @@ __all__ = [
     "Message",
     "Perplexity",
     "Score",
+    "Screening",
     "Timings",
     "Usage",
 ]
@@ -149,3 +150,16 @@ class Perplexity:
 
     def __float__(self) -> float:
         return self.perplexity
+
+
+@dataclass(slots=True)
+class Screening:
+    """What a screened head took and what it missed, over the positions of a text."""
+
+    k: int  # candidates that were asked for at each position
+    positions: int
+    missed: int  # of k * positions candidates
+    missed_positions: int  # positions with a missed candidate
+    full_positions: int  # positions where it would have taken too many, and all were computed
+    scored: float  # part of the logits computed exactly at the other positions, mean
+    most_scored: float  # the same at the worst of them

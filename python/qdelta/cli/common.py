@@ -31,6 +31,13 @@ _LOADING = (
         help="Precision of the attention cache.",
     ),
     click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best."),
+    click.option(
+        "--head",
+        type=click.Choice(["full", "screened"]),
+        default="full",
+        show_default=True,
+        help="screened: find the likeliest tokens with half of the head's bytes; see `eval`.",
+    ),
     click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files."),
     click.option("--offline", is_flag=True, help="Touch no network."),
 )
@@ -84,4 +91,4 @@ def given(options: dict[str, Any], *names: str) -> dict[str, Any]:
 SAMPLING_NAMES = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "seed", "preset",
 )  # fmt: skip
-LOADING_NAMES = ("quant", "ctx", "threads", "kv", "isa", "cache", "offline")
+LOADING_NAMES = ("quant", "ctx", "threads", "kv", "isa", "head", "cache", "offline")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from ..errors import ArgumentError
 from ..progress import wanted
 from .common import LOADING_NAMES, loading_options, read_text
+
+T = TypeVar("T")
 
 
 @click.command()
@@ -200,25 +204,22 @@ def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: 
     """Perplexity of a text: how well the model foresees it, lower is better.
 
     The text is cut into windows that do not overlap; each runs alone, its first token is not
-    scored, and an incomplete last window is left out.
+    scored, and an incomplete last window is left out. All logits are computed in full; with
+    --head screened, both heads read the text and their 20 likeliest tokens are compared.
 
     \b
       qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt
       qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt --quant none
+      qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt --head screened
     """
     from ..loading import load
 
     text = read_text(file, "standard input" if file.name in ("-", "<stdin>") else file.name)
     model = load(model_name, **{name: options[name] for name in LOADING_NAMES})
-    with click.progressbar(
-        length=1, label="Reading", file=sys.stderr, hidden=not wanted(None)
-    ) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        result = model.perplexity(text, window=window, progress=report)
+    screening = None
+    if options["head"] == "screened":
+        screening = _reading(lambda report: model.screening(text, window=window, progress=report))
+    result = _reading(lambda report: model.perplexity(text, window=window, progress=report))
     rate = result.timings.prefill_tokens_per_s
     if as_json:
         click.echo(
@@ -232,6 +233,7 @@ def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: 
                     "windows": result.windows,
                     "scored": result.scored,
                     "tokens_per_s": rate,
+                    "screening": None if screening is None else asdict(screening),
                 }
             )
         )
@@ -242,3 +244,25 @@ def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: 
     )
     click.echo(f"second half of the windows {result.second_half:.4f}")
     click.echo(f"{rate:.1f} tokens per second")
+    if screening is not None:
+        click.echo(
+            f"screened head: {screening.missed} of {screening.k * screening.positions} candidates "
+            f"missed, at {screening.missed_positions} of {screening.positions} positions"
+        )
+        click.echo(
+            f"{screening.scored:.2%} of the logits computed exactly, {screening.most_scored:.2%} "
+            f"at most, and all of them at {screening.full_positions} positions"
+        )
+
+
+def _reading(work: Callable[[Callable[[int, int], None]], T]) -> T:
+    """The result of `work`, which reports its progress to a bar."""
+    with click.progressbar(
+        length=1, label="Reading", file=sys.stderr, hidden=not wanted(None)
+    ) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        return work(report)

@@ -24,6 +24,7 @@ fn options(
     threads: Option<usize>,
     kv: &str,
     isa: Option<&str>,
+    head: &str,
 ) -> qdelta_core::Result<Options> {
     let kv = match kv {
         "auto" => None,
@@ -36,13 +37,14 @@ fn options(
             )));
         }
     };
-    Ok(Options { context, threads, kv, cpu: isa.map(Cpu::named).transpose()? })
+    Ok(Options { context, threads, kv, cpu: isa.map(Cpu::named).transpose()?, head: head.parse()? })
 }
 
 #[pymethods]
 impl Model {
     #[new]
-    #[pyo3(signature = (checkpoint, *, context=None, threads=None, kv="auto", isa=None))]
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (checkpoint, *, context=None, threads=None, kv="auto", isa=None, head="full"))]
     fn new(
         py: Python<'_>,
         checkpoint: &Checkpoint,
@@ -50,8 +52,10 @@ impl Model {
         threads: Option<usize>,
         kv: &str,
         isa: Option<&str>,
+        head: &str,
     ) -> PyResult<Model> {
-        let options = options(context, threads, kv, isa).map_err(|error| exception(py, error))?;
+        let options =
+            options(context, threads, kv, isa, head).map_err(|error| exception(py, error))?;
         let checkpoint = checkpoint.inner.clone();
         let inner = detached(py, || CoreModel::load(checkpoint, options))?;
         Ok(Model { inner: Arc::new(inner) })
@@ -59,7 +63,7 @@ impl Model {
 
     /// A model of the config's shape with random weights.
     #[staticmethod]
-    #[pyo3(signature = (config_json, *, quant, seed=0, context=None, threads=None, kv="auto", isa=None))]
+    #[pyo3(signature = (config_json, *, quant, seed=0, context=None, threads=None, kv="auto", isa=None, head="full"))]
     #[allow(clippy::too_many_arguments)]
     fn synthetic(
         py: Python<'_>,
@@ -70,8 +74,10 @@ impl Model {
         threads: Option<usize>,
         kv: &str,
         isa: Option<&str>,
+        head: &str,
     ) -> PyResult<Model> {
-        let options = options(context, threads, kv, isa).map_err(|error| exception(py, error))?;
+        let options =
+            options(context, threads, kv, isa, head).map_err(|error| exception(py, error))?;
         let inner = detached(py, || {
             let quant = quant.parse()?;
             let config = Config::from_json(config_json, "config.json")?;
@@ -94,6 +100,11 @@ impl Model {
     #[getter]
     fn kv(&self) -> &str {
         self.inner.kv.name()
+    }
+
+    #[getter]
+    fn head(&self) -> &str {
+        self.inner.head.name()
     }
 
     #[getter]

@@ -67,10 +67,11 @@ impl Session {
     }
 
     fn logits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let (logits, vocab) = py.detach(|| {
-            let session = self.lock();
-            (session.logits().to_vec(), session.model().config.vocab_size)
-        });
+        let (logits, vocab) = detached(py, || {
+            let mut session = self.lock();
+            let vocab = session.model().config.vocab_size;
+            Ok((session.logits()?.to_vec(), vocab))
+        })?;
         let rows = logits.len() / vocab;
         PyArray1::from_vec(py, logits).reshape([rows, vocab])
     }
@@ -81,18 +82,14 @@ impl Session {
         ids: PyReadonlyArray1<'_, i32>,
     ) -> PyResult<Bound<'py, PyArray1<f32>>> {
         let ids = ids.as_array().to_vec();
-        let values = detached(py, || {
-            let session = self.lock();
-            let row = session.last_row()?;
-            ids.iter()
-                .map(|id| {
-                    usize::try_from(*id).ok().and_then(|id| row.get(id).copied()).ok_or_else(|| {
-                        Error::Argument(format!("token id {id}, expected 0 to {}", row.len() - 1))
-                    })
-                })
-                .collect::<qdelta_core::Result<Vec<f32>>>()
-        })?;
+        let values = detached(py, || self.lock().gather(&ids))?;
         Ok(PyArray1::from_vec(py, values))
+    }
+
+    #[pyo3(signature = (k, *, limit))]
+    fn screening(&self, py: Python<'_>, k: usize, limit: usize) -> PyResult<Vec<(usize, usize)>> {
+        let rows = detached(py, || self.lock().screening(k, limit))?;
+        Ok(rows.into_iter().map(|row| (row.scored, row.missed)).collect())
     }
 
     #[pyo3(signature = (k, *, limit, ids, values))]

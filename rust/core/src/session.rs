@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::kernels::select;
 use crate::layers::block::Scratch;
+use crate::layers::head::Head;
 use crate::layers::linear::Input;
 use crate::model::forward::{Model, PIECE, Rows};
 use crate::state::{KV_CHUNK, LayerState, State, lock};
@@ -16,8 +17,11 @@ pub struct Session {
     model: Arc<Model>,
     state: State,
     scratch: Scratch,
-    head: Input,
+    head: Input,      // rows of the last piece that the head was asked for
     logits: Vec<f32>, // [rows, vocab] of the last feed
+    /// The row in `head` has no logits yet: they are computed when they are asked for.
+    deferred: bool,
+    screen: Vec<f32>, // work buffer
     /// A feed ended in the middle, so the state fits no number of tokens.
     broken: bool,
 }
@@ -40,6 +44,17 @@ impl Snapshot {
     }
 }
 
+/// What screening one row of logits took, and what it got wrong.
+pub struct Screening {
+    /// Logits that were computed; all of them if there was nothing to gain.
+    pub scored: usize,
+    /// Tokens among the best that were not found.
+    pub missed: usize,
+}
+
+/// More candidates than this are taken from all logits.
+pub const MOST_SCREENED: usize = 256;
+
 /// Name, shape and data of a part of a layer's state.
 pub type StateArray = (&'static str, Vec<usize>, Vec<f32>);
 
@@ -50,6 +65,8 @@ impl Session {
             scratch: model.scratch(),
             head: Input::default(),
             logits: Vec::new(),
+            deferred: false,
+            screen: Vec::new(),
             broken: false,
             model,
         }
@@ -100,41 +117,96 @@ impl Session {
             Rows::Last => usize::from(!tokens.is_empty()),
             Rows::All => tokens.len(),
         };
-        self.logits.clear();
-        self.logits
-            .try_reserve(kept * vocab)
-            .map_err(|_| Error::Memory { bytes: 4 * kept * vocab })?;
+        let defer = self.model.head == Head::Screened && rows == Rows::Last;
+        self.forget_logits();
+        if !defer {
+            self.reserve_logits(kept)?;
+        }
 
         self.broken = true;
         let pieces = tokens.len().div_ceil(PIECE);
         for (i, piece) in tokens.chunks(PIECE).enumerate() {
             let rows = if rows == Rows::Last && i + 1 < pieces { Rows::None } else { rows };
             let Session { model, state, scratch, head, logits, .. } = self;
-            catch_unwind(AssertUnwindSafe(|| {
-                model.forward(piece, state, scratch, head, rows, logits, trace);
-            }))
-            .map_err(|panic| Error::Internal(panic_text(&*panic)))?;
+            caught(|| {
+                model.forward(piece, state, scratch, head, rows, trace);
+                if rows != Rows::None && !defer {
+                    model.logits(head, logits);
+                }
+            })?;
         }
+        self.deferred = defer && kept > 0;
         self.broken = false;
         Ok(())
     }
 
-    /// Logits kept by the last feed: [rows, vocab].
-    pub fn logits(&self) -> &[f32] {
-        &self.logits
+    fn forget_logits(&mut self) {
+        self.logits.clear();
+        self.deferred = false;
     }
 
-    /// Logits of the last token, [vocab], or an error if the last feed kept none.
-    pub fn last_row(&self) -> Result<&[f32]> {
+    fn reserve_logits(&mut self, rows: usize) -> Result<()> {
+        let n = rows * self.model.config.vocab_size;
+        self.logits.try_reserve(n).map_err(|_| Error::Memory { bytes: 4 * n })
+    }
+
+    /// Computes the logits that were put off.
+    fn complete(&mut self) -> Result<()> {
+        if self.deferred {
+            self.model.check_unchanged()?;
+            self.reserve_logits(1)?;
+            let Session { model, head, logits, .. } = self;
+            caught(|| model.logits(head, logits))?;
+            self.deferred = false;
+        }
+        Ok(())
+    }
+
+    /// Logits kept by the last feed: [rows, vocab].
+    pub fn logits(&mut self) -> Result<&[f32]> {
+        self.complete()?;
+        Ok(&self.logits)
+    }
+
+    /// Where the logits of the last token start, or an error if the last feed kept none.
+    fn last_row(&self) -> Result<usize> {
+        let start = self.logits.len().checked_sub(self.model.config.vocab_size);
+        start.ok_or_else(|| Error::Argument("no logits: the last feed computed none".into()))
+    }
+
+    /// Token ids as indices into a row of logits.
+    fn indices(&self, ids: &[i32]) -> Result<Vec<usize>> {
         let vocab = self.model.config.vocab_size;
-        self.logits
-            .rchunks_exact(vocab)
-            .next()
-            .ok_or_else(|| Error::Argument("no logits: the last feed computed none".into()))
+        let index = |id: &i32| usize::try_from(*id).ok().filter(|index| *index < vocab);
+        ids.iter()
+            .map(|id| {
+                index(id).ok_or_else(|| {
+                    Error::Argument(format!("token id {id}, expected 0 to {}", vocab - 1))
+                })
+            })
+            .collect()
+    }
+
+    /// The logits of some tokens after the last one.
+    pub fn gather(&mut self, ids: &[i32]) -> Result<Vec<f32>> {
+        let indices = self.indices(ids)?;
+        if !self.deferred {
+            let row = &self.logits[self.last_row()?..];
+            return Ok(indices.iter().map(|i| row[*i]).collect());
+        }
+        self.model.check_unchanged()?;
+        let mut sorted = indices.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        let values = caught(|| self.model.logits_of(&self.head, &sorted))?;
+        let value = |i: &usize| values[sorted.binary_search(i).expect("all are there")];
+        Ok(indices.iter().map(value).collect())
     }
 
     /// The `k` largest logits of the last token among the first `limit` ids, largest first, after
     /// the entries `ids` are replaced by `values` for the time of the call.
+    ///
+    /// A screened head computes no more logits than it must for up to [`MOST_SCREENED`].
     pub fn candidates(
         &mut self,
         k: usize,
@@ -142,28 +214,64 @@ impl Session {
         ids: &[i32],
         values: &[f32],
     ) -> Result<(Vec<i32>, Vec<f32>)> {
-        let start = self.logits.len() - self.last_row()?.len();
-        let row = &mut self.logits[start..];
         if ids.len() != values.len() {
             return Err(Error::Argument(format!("{} ids and {} values", ids.len(), values.len())));
         }
-        let vocab = row.len();
-        let index = |id: i32| {
-            usize::try_from(id).ok().filter(|id| *id < vocab).ok_or_else(|| {
-                Error::Argument(format!("token id {id}, expected 0 to {}", vocab - 1))
-            })
-        };
-        let indices: Vec<usize> = ids.iter().map(|id| index(*id)).collect::<Result<_>>()?;
+        let indices = self.indices(ids)?;
+        let limit = limit.min(self.model.config.vocab_size);
+        if self.deferred && k <= MOST_SCREENED {
+            self.model.check_unchanged()?;
+            let changed: Vec<_> = indices.iter().copied().zip(values.iter().copied()).collect();
+            let Session { model, head, screen, .. } = self;
+            if let Some(found) = caught(|| model.screen(head, (k, limit), &changed, screen))? {
+                return Ok((found.ids, found.values));
+            }
+        }
+        self.complete()?;
+        let start = self.last_row()?;
+        let row = &mut self.logits[start..];
         let originals: Vec<f32> = indices.iter().map(|i| row[*i]).collect();
         for (i, value) in indices.iter().zip(values) {
             row[*i] = *value;
         }
-        let found = select::largest(self.model.cpu, &row[..limit.min(vocab)], k);
+        let found = select::largest(self.model.cpu, &row[..limit], k);
         // In reverse: an id given twice gets its first, original value back.
         for (i, original) in indices.iter().zip(&originals).rev() {
             row[*i] = *original;
         }
         Ok(found)
+    }
+
+    /// Screens each row of the last feed, which had at most [`PIECE`] tokens and kept all logits,
+    /// and compares what it finds with the `k` largest of all logits among the first `limit` ids.
+    pub fn screening(&mut self, k: usize, limit: usize) -> Result<Vec<Screening>> {
+        if self.model.head != Head::Screened {
+            return Err(Error::Argument("the model's head is full, expected screened".into()));
+        }
+        let vocab = self.model.config.vocab_size;
+        if self.logits.is_empty() || self.logits.len() != self.head.tokens() * vocab {
+            return Err(Error::Argument(format!(
+                "expected a feed of at most {PIECE} tokens that kept all logits"
+            )));
+        }
+        self.model.check_unchanged()?;
+        let (limit, mut alone) = (limit.min(vocab), Input::default());
+        let Session { model, head, screen, logits, .. } = self;
+        caught(|| {
+            let row = |(i, row): (usize, &[f32])| {
+                model.head_row(head, i, &mut alone);
+                let found = model.screen(&alone, (k, limit), &[], screen);
+                let (best, _) = select::largest(model.cpu, &row[..limit], k);
+                match found {
+                    Some(found) => Screening {
+                        scored: found.scored,
+                        missed: best.iter().filter(|id| !found.ids.contains(id)).count(),
+                    },
+                    None => Screening { scored: vocab, missed: 0 },
+                }
+            };
+            logits.chunks_exact(vocab).enumerate().map(row).collect()
+        })
     }
 
     /// The state as of now.
@@ -181,7 +289,7 @@ impl Session {
             return Err(Error::Argument("the snapshot belongs to another model".into()));
         }
         self.state = snapshot.state.clone();
-        self.logits.clear();
+        self.forget_logits();
         self.broken = false;
         Ok(())
     }
@@ -189,7 +297,7 @@ impl Session {
     /// Returns to the state before the first token.
     pub fn reset(&mut self) {
         self.state = State::new(&self.model.config);
-        self.logits.clear();
+        self.forget_logits();
         self.broken = false;
     }
 
@@ -247,6 +355,11 @@ impl Session {
     pub fn model(&self) -> &Arc<Model> {
         &self.model
     }
+}
+
+/// Runs `f`; a panic becomes an error.
+fn caught<T>(f: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| Error::Internal(panic_text(&*panic)))
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -161,3 +161,100 @@ impl Kernel for Screen<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{assert_close, random};
+    use crate::quant::{Format, GROUP, decode_row, encode_panel_on, panel_bytes};
+
+    /// The planes of 16 random rows.
+    fn panel(cpu: Cpu, w: &[f32], cols: usize) -> Vec<u8> {
+        let mut out = vec![0; panel_bytes(Format::W8Planes, cols)];
+        encode_panel_on(cpu, Format::W8Planes, w, cols, &mut out);
+        out
+    }
+
+    /// The activations as a tile holds them, by definition.
+    fn rounded(x: &[f32]) -> Vec<f64> {
+        let group = |x: &[f32]| {
+            let scale = f64::from(x.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0);
+            let code = |x: &f32| if scale > 0.0 { (f64::from(*x) / scale).round() } else { 0.0 };
+            x.iter().map(|x| code(x) * scale).collect::<Vec<_>>()
+        };
+        x.chunks(GROUP).flat_map(group).collect()
+    }
+
+    #[test]
+    fn estimates_and_variances_match_their_definition() {
+        for cpu in Cpu::all() {
+            for cols in [1, 31, 64, 100, 1024] {
+                let bytes = panel(cpu, &random(PANEL_ROWS * cols, 20), cols);
+                let x = random(cols, 21);
+                let mut tile = QuantTile::default();
+                tile.quantize(cpu, &x, cols);
+                let mut out = [[f32::NAN; PANEL_ROWS]; 2];
+                let [estimates, variances] = &mut out;
+                screen(cpu, Planes::new(&bytes), cols, &tile, (estimates, variances));
+
+                // With the low nibbles at 7 and at 8 the mean of both products is the estimate.
+                let high = cols.div_ceil(BLOCK) * HIGH_BYTES;
+                let x = rounded(&x);
+                let mut row = vec![0.0; cols];
+                let mut sides = [0x77, 0x88].map(|nibbles| {
+                    let mut bytes = bytes.clone();
+                    bytes[high..].fill(nibbles);
+                    bytes
+                });
+                let mut want = [[0.0; PANEL_ROWS]; 2];
+                let mut size = [0.0; PANEL_ROWS];
+                for r in 0..PANEL_ROWS {
+                    for side in &mut sides {
+                        decode_row(Format::W8Planes, side, cols, r, &mut row);
+                        for (w, x) in row.iter().zip(&x) {
+                            want[0][r] += 0.5 * f64::from(*w) * x;
+                            size[r] += (f64::from(*w) * x).abs();
+                        }
+                    }
+                    // The two sides are a scale apart.
+                    let mut other = vec![0.0; cols];
+                    decode_row(Format::W8Planes, &sides[0], cols, r, &mut other);
+                    for ((w, other), x) in row.iter().zip(&other).zip(&x) {
+                        want[1][r] += 21.25 * (f64::from(w - other) * x).powi(2);
+                    }
+                }
+                let epsilon = f64::from(f32::EPSILON) * (cols as f64 + 8.0);
+                let what = format!("{cpu:?} {cols}");
+                assert_close(&out[0], &want[0], |r| epsilon * size[r] + 1e-12, &what);
+                // w - other loses the bits that both codes have in common.
+                let bound = |r: usize| (epsilon + 1e-4) * want[1][r] + 1e-12;
+                assert_close(&out[1], &want[1], bound, &what);
+            }
+        }
+    }
+
+    #[test]
+    fn errors_are_as_large_as_their_variance_says() {
+        let (cpu, cols, panels) = (Cpu::best(), 512, 125);
+        let mut tile = QuantTile::default();
+        tile.quantize(cpu, &random(cols, 22), cols);
+        let (mut sum, mut largest) = (0.0, 0.0f32);
+        for p in 0..panels {
+            let bytes = panel(cpu, &random(PANEL_ROWS * cols, 23 + p), cols);
+            let planes = Planes::new(&bytes);
+            let mut y = [0.0; PANEL_ROWS];
+            product(cpu, planes, cols, &tile, &mut y);
+            let (mut estimates, mut variances) = ([0.0; PANEL_ROWS], [0.0; PANEL_ROWS]);
+            screen(cpu, planes, cols, &tile, (&mut estimates, &mut variances));
+            for ((y, estimate), variance) in y.iter().zip(estimates).zip(variances) {
+                let sigmas = (y - estimate) / variance.sqrt();
+                sum += sigmas * sigmas;
+                largest = largest.max(sigmas.abs());
+            }
+        }
+        // Of 2000 squares with mean 1 and variance 2, the mean is within 5 of its deviations.
+        let n = (panels as usize * PANEL_ROWS) as f32;
+        assert!((sum / n - 1.0).abs() < 5.0 * (2.0 / n).sqrt(), "{}", sum / n);
+        assert!(largest < 6.0, "{largest}");
+    }
+}

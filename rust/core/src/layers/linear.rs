@@ -96,11 +96,16 @@ impl Input {
         }
     }
 
+    /// The first tokens, quantised.
+    pub(super) fn first_tile(&self) -> &QuantTile {
+        &self.tiles[0]
+    }
+
     /// Products of some rows of a matrix with the tokens of one tile.
     ///
     /// rows: from a multiple of 16; y: [tokens of the tile, rows.len()], where a packed matrix
     /// counts whole panels. Returns the width of y.
-    fn product(
+    pub(super) fn product(
         &self,
         ctx: Context<'_>,
         matrix: &Matrix,
@@ -136,7 +141,7 @@ impl Input {
 
 /// Output columns that one chunk of a region computes: enough weights to be worth claiming, few
 /// enough that the threads end together.
-fn chunk_cols(ctx: Context<'_>, matrices: &[&Matrix], tokens: usize) -> usize {
+pub(super) fn chunk_cols(ctx: Context<'_>, matrices: &[&Matrix], tokens: usize) -> usize {
     const LEAST_BYTES: usize = 32 << 10;
     const MOST_BYTES: usize = 256 << 10;
     const CHUNKS_PER_THREAD: usize = 16;

@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod block;
 pub mod gated_delta_net;
+pub mod head;
 pub mod linear;
 pub mod mlp;
 

@@ -8,9 +8,10 @@ use crate::kernels::rope::Rope;
 use crate::layers::Context;
 use crate::layers::attention::Positions;
 use crate::layers::block::Scratch;
+use crate::layers::head::{self, Head, Screened};
 use crate::layers::linear::{Input, project};
 use crate::pool::Pool;
-use crate::quant::Quant;
+use crate::quant::{Format, Quant};
 use crate::simd::Cpu;
 use crate::state::{KV_CHUNK, KvFormat, State};
 use crate::threads;
@@ -28,6 +29,8 @@ pub struct Options {
     pub kv: Option<KvFormat>,
     /// Instruction set; `QDELTA_ISA` or the best of the machine if not given.
     pub cpu: Option<Cpu>,
+    /// How sessions find the best tokens.
+    pub head: Head,
 }
 
 /// A loaded model: immutable, shared by its sessions.
@@ -38,6 +41,8 @@ pub struct Model {
     pub context: usize,
     /// Format of the KV cache.
     pub kv: KvFormat,
+    /// How sessions find the best tokens: full unless the head's matrix is in two planes.
+    pub head: Head,
     pub(crate) pool: Pool,
     weights: Weights,
     rope: Rope,
@@ -93,8 +98,11 @@ impl Model {
         };
         let kv =
             options.kv.unwrap_or(if quant == Quant::None { KvFormat::F32 } else { KvFormat::F16 });
+        let weights = Weights::bind(&config, &*source)?;
+        let in_planes = weights.lm_head.format == Format::W8Planes;
         Ok(Model {
-            weights: Weights::bind(&config, &*source)?,
+            head: if in_planes { options.head } else { Head::Full },
+            weights,
             rope: Rope::new(config.rope.theta, config.rope.rotary_dim, config.rope.mrope_section),
             pool: Pool::new(threads),
             config,
@@ -138,11 +146,13 @@ impl Model {
         // hidden rows and their codes; f32 with a byte of code.
         let row =
             4 * (2 * hidden + mixer + config.intermediate_size) + hidden + config.intermediate_size;
+        // Logits; estimates and variances.
+        let rows = if self.head == Head::Full { 1 } else { 3 };
         MemoryPlan {
             weights: self.weight_bytes(),
             kv: heads * self.kv.chunk_bytes(config.head_dim),
             state: linear * 4 * (recurrent + conv),
-            scratch: PIECE.min(context) * row + 4 * config.vocab_size,
+            scratch: PIECE.min(context) * row + 4 * rows * config.vocab_size,
         }
     }
 
@@ -151,10 +161,10 @@ impl Model {
         self.weights.matrices().map(|m| m.bytes.len()).sum()
     }
 
-    /// Runs at most [`PIECE`] tokens and appends the wanted rows of logits, [rows, vocab].
+    /// Runs at most [`PIECE`] tokens and leaves the wanted rows of the last hidden state in `head`,
+    /// normed and prepared for the head's matrix: see [`Model::logits`].
     ///
     /// The ids are below the vocabulary's size and the state has room for them.
-    #[allow(clippy::too_many_arguments)]
     pub(crate) fn forward(
         &self,
         tokens: &[i32],
@@ -162,7 +172,6 @@ impl Model {
         scratch: &mut Scratch,
         head: &mut Input,
         rows: Rows,
-        logits: &mut Vec<f32>,
         trace: Option<&Trace>,
     ) {
         assert!(!tokens.is_empty() && tokens.len() <= PIECE);
@@ -217,12 +226,47 @@ impl Model {
             let rows = head.rows.chunks_exact(hidden).enumerate();
             trace.part("final_norm", hidden, 0, rows.map(|(i, row)| (first + i, row)));
         }
-        if rows == Rows::None {
-            return;
+        if rows != Rows::None {
+            head.prepare(ctx, &[&self.weights.lm_head]);
         }
-        head.prepare(ctx, &[&self.weights.lm_head]);
+    }
+
+    /// Appends the logits of the rows of `head`. logits: [rows, vocab].
+    pub(crate) fn logits(&self, head: &Input, logits: &mut Vec<f32>) {
+        let team = self.pool.team();
+        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
         let start = logits.len();
         logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
         project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);
+    }
+
+    /// Some logits of the only row of `head`. ids: ascending.
+    pub(crate) fn logits_of(&self, head: &Input, ids: &[usize]) -> Vec<f32> {
+        let team = self.pool.team();
+        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
+        head::score(ctx, &self.weights.lm_head, head, ids)
+    }
+
+    /// The best of the only row of `head`; see [`head::screen`].
+    pub(crate) fn screen(
+        &self,
+        head: &Input,
+        (k, limit): (usize, usize),
+        changed: &[(usize, f32)],
+        work: &mut Vec<f32>,
+    ) -> Option<Screened> {
+        let team = self.pool.team();
+        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
+        head::screen(ctx, &self.weights.lm_head, head, (k, limit), changed, work)
+    }
+
+    /// One row of `head` on its own.
+    pub(crate) fn head_row(&self, head: &Input, row: usize, alone: &mut Input) {
+        let team = self.pool.team();
+        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
+        let hidden = self.config.hidden_size;
+        alone.reshape(1, hidden);
+        alone.rows.copy_from_slice(&head.rows[row * hidden..][..hidden]);
+        alone.prepare(ctx, &[&self.weights.lm_head]);
     }
 }
