@@ -11,7 +11,7 @@
 
 use super::w4::{self, SCALE_BYTES};
 use super::w8::{self, W8};
-use super::{BLOCK, BLOCK_STEPS, GROUP_STEPS, Packed};
+use super::{BLOCK, BLOCK_STEPS, Packed};
 use crate::simd::{Isa, LANES};
 use std::ops::Range;
 
@@ -86,22 +86,10 @@ pub fn dot<S: Isa, const M: usize>(
     x: &[[[i8; 4]; M]; BLOCK_STEPS],
     sums: &[i32; M],
 ) -> [S::I; M] {
-    let high: &[[u8; 4 * LANES]] = high[SCALE_BYTES..].as_chunks().0;
-    let low: &[[u8; 4 * LANES]] = low.as_chunks().0;
-    let mut acc = [s.splat_i32(0); M];
-    for m in 0..M {
-        acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
-    }
-    for t in GROUP_STEPS / 2 * g..GROUP_STEPS / 2 * (g + 1) {
-        let (high, low) = (s.load_bytes(&high[t]), s.load_bytes(&low[t]));
-        let first = s.join_low_nibbles(high, low);
-        let second = s.join_high_nibbles(high, low);
-        for m in 0..M {
-            acc[m] = s.dot_bytes(acc[m], first, s.splat_bytes(x[2 * t][m]));
-            acc[m] = s.dot_bytes(acc[m], second, s.splat_bytes(x[2 * t + 1][m]));
-        }
-    }
-    acc
+    let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
+    let (low, _) = low.as_chunks().0.as_chunks();
+    let (x, _) = x.as_chunks();
+    s.dot_planes_group(&high[g], &low[g], &x[g], sums)
 }
 
 #[cfg(test)]

@@ -363,4 +363,27 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
         out
     }
+
+    // Without VNNI nibbles are cheaper than bytes, even twice: they need no widening.
+    #[inline(always)]
+    fn dot_planes_group<const M: usize>(
+        self,
+        high: &[[u8; 4 * LANES]; 4],
+        low: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        sums: &[i32; M],
+    ) -> [Self::I; M] {
+        if VNNI {
+            return each_token::planes(self, high, low, x, sums);
+        }
+        let high = self.dot_nibbles_group(high, x, [0; M]);
+        let mut out = self.dot_nibbles_group(low, x, sums.map(|sum| -128 * sum));
+        for m in 0..M {
+            for half in 0..2 {
+                let high = op!(_mm256_slli_epi32::<4>(high[m][half]));
+                out[m][half] = op!(_mm256_add_epi32(out[m][half], high));
+            }
+        }
+        out
+    }
 }

@@ -139,6 +139,20 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) -> [Self::I; M] {
         each_token::bytes(self, codes, x, start)
     }
+    /// As `dot_bytes_group` for codes whose halves lie apart, in the order of
+    /// `dot_nibbles_group`: sum of (code - 128) x.
+    ///
+    /// sums: the sum of each token's x.
+    #[inline(always)]
+    fn dot_planes_group<const M: usize>(
+        self,
+        high: &[[u8; 4 * LANES]; 4],
+        low: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        sums: &[i32; M],
+    ) -> [Self::I; M] {
+        each_token::planes(self, high, low, x, sums)
+    }
 }
 
 /// Products of a group of columns with several tokens, one after the other.
@@ -183,6 +197,30 @@ mod each_token {
             let w = s.load_bytes(&codes[t]);
             for m in 0..M {
                 acc[m] = s.dot_bytes(acc[m], w, s.splat_bytes(x[t][m]));
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    pub fn planes<S: Isa, const M: usize>(
+        s: S,
+        high: &[[u8; 4 * LANES]; 4],
+        low: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        sums: &[i32; M],
+    ) -> [S::I; M] {
+        let mut acc = [s.splat_i32(0); M];
+        for m in 0..M {
+            acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
+        }
+        for t in 0..4 {
+            let (high, low) = (s.load_bytes(&high[t]), s.load_bytes(&low[t]));
+            let first = s.join_low_nibbles(high, low);
+            let second = s.join_high_nibbles(high, low);
+            for m in 0..M {
+                acc[m] = s.dot_bytes(acc[m], first, s.splat_bytes(x[2 * t][m]));
+                acc[m] = s.dot_bytes(acc[m], second, s.splat_bytes(x[2 * t + 1][m]));
             }
         }
         acc
