@@ -139,6 +139,48 @@ def test_threads_given_are_threads_had(monkeypatch):
             qdelta.load("demo", quant="none", threads=threads, progress=False)
 
 
+def test_nothing_spins_between_calls(model):
+    """An idle pool takes no CPU time. Spinning threads would take at least the time slept."""
+    session = model.native.session()
+    session.feed(prompt(0))
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root on Linux to become a user"
+)
+def test_threads_that_the_system_refuses():
+    """The shares of threads that could not start are done by the others."""
+    code = """if True:
+        import os, resource
+        import numpy as np
+        from qdelta import _native
+        from qdelta.source import locate
+
+        checkpoint = _native.Checkpoint(str(locate("demo")))
+        tokens = np.arange(40, dtype=np.int32)
+
+        def logits():
+            session = _native.Model(checkpoint, threads=8, kv="f32").session()
+            session.feed(tokens)
+            return session.logits()
+
+        want = logits()
+        # A user that has nothing else: this process, and three threads more.
+        os.setuid(54321)
+        resource.setrlimit(resource.RLIMIT_NPROC, (4, 4))
+        assert np.array_equal(logits(), want)
+        model = _native.Model(checkpoint, threads=8, kv="f32")
+        print(len(os.listdir("/proc/self/task")), model.threads)
+        """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    started, threads = map(int, done.stdout.split())
+    assert started <= 4 and threads == 8
+
+
 def test_errors_in_threads_stay_there(model):
     """A bad feed in one thread leaves the others and the model at work."""
     want = timeline(model, 3)

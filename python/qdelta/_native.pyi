@@ -210,6 +210,11 @@ class kernels:  # a module
         """Steps of `tokens` tokens on `heads` states of 128 x 128."""
 
     @staticmethod
+    def fork_join(threads: int) -> float:
+        """What handing a region to the threads and waiting for them costs beside its work; median
+        of 1000 regions."""
+
+    @staticmethod
     def limits(isa: str, threads: int) -> dict[str, float]:
         """What the machine could do at best: read_one, read_all in bytes per second, int8_peak,
         f32_peak in operations per second of one thread."""

@@ -46,6 +46,12 @@ pub mod kernels {
         detached(py, || Ok(bench::delta_rule(cpu, heads, tokens, repeats).as_secs_f64()))
     }
 
+    /// Seconds that a region of a pool takes beside its work.
+    #[pyfunction]
+    fn fork_join(py: Python<'_>, threads: usize) -> PyResult<f64> {
+        detached(py, || Ok(bench::fork_join(threads::checked(threads)?).as_secs_f64()))
+    }
+
     /// What the machine could do at best, in bytes and operations per second.
     #[pyfunction]
     fn limits(py: Python<'_>, isa: &str, threads: usize) -> PyResult<BTreeMap<&'static str, f64>> {

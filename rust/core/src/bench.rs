@@ -119,6 +119,27 @@ impl Kernel for &mut Step {
     }
 }
 
+/// What a region costs beside its work: the median, over many regions in which each thread has one
+/// chunk of 5 us, of the time beyond these 5 us.
+pub fn fork_join(threads: usize) -> Duration {
+    const REGIONS: usize = 1000;
+    const WORK: Duration = Duration::from_micros(5);
+    let pool = Pool::new(threads);
+    let team = pool.team();
+    let work = |(): &mut (), _| {
+        let start = Instant::now();
+        while start.elapsed() < WORK {}
+    };
+    let mut times: Vec<Duration> = (0..REGIONS)
+        .map(|_| {
+            let start = Instant::now();
+            team.run(threads, |_| (), work);
+            start.elapsed()
+        })
+        .collect();
+    *times.select_nth_unstable(REGIONS / 2).1 - WORK
+}
+
 /// What the machine could do at best, measured on memory and on registers.
 pub struct Limits {
     /// Bytes per second that one thread reads from memory, and all of them together.

@@ -1,6 +1,6 @@
-//! The pool under loom: every order of events up to a number of preemptions, every value that a
-//! relaxed load may see. A lost wake-up is a deadlock that loom reports, an access to the job's
-//! cell without order is a race that it reports, and so are the accesses of a region's own cells.
+//! The pool under loom (`scripts/test_loom`): every order of events up to a number of preemptions,
+//! every value that a relaxed load may see. Loom reports a lost wake-up as a deadlock, and accesses
+//! without order, of the job's cell or of a region's own, as a race.
 //!
 //! Loom lets no time pass, so a thread that waits for a region looks once and parks; and its unpark
 //! orders memory as the standard one does. Spurious wake-ups of `park` are not modelled.
