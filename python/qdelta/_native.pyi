@@ -28,6 +28,10 @@ class Checkpoint:
         """Format of the weights: "none" is the file's own precision; else "w8" or "w4"."""
 
     @property
+    def yarn(self) -> float | None:
+        """The factor by which config.json extends the context (YaRN), None if it does not."""
+
+    @property
     def metadata(self) -> dict[str, str]:
         """Entries of a converted file ("qdelta.version", "qdelta.recipe", ...); else empty."""
 
@@ -69,6 +73,7 @@ class Model:
         checkpoint: Checkpoint,
         *,
         context: int | None = None,
+        yarn: float | None = None,
         threads: int | None = None,
         kv: str = "auto",
         isa: str | None = None,
@@ -110,6 +115,10 @@ class Model:
     @property
     def context(self) -> int:
         """Tokens that a session can hold."""
+
+    @property
+    def yarn(self) -> float | None:
+        """The factor by which YaRN extends the context, None if nothing extends it."""
 
     @property
     def vocab_size(self) -> int:

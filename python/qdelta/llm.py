@@ -55,8 +55,9 @@ class Model:
         self.stop_ids = _stop_ids(tokenizer, config, generation_config)
 
     def __repr__(self) -> str:
+        yarn = f" (YaRN {self.native.yarn:g})" if self.native.yarn else ""
         return (
-            f"<qdelta.Model {self.native.quant}, context {self.context}, "
+            f"<qdelta.Model {self.native.quant}, context {self.context}{yarn}, "
             f"{self.native.threads} threads, {self.native.isa}>"
         )
 

@@ -25,7 +25,9 @@ _SYNONYMS = {
     "local_files_only": "offline",
     "quantization": "quant",
 }
-_NAMES = frozenset({"quant", "ctx", "threads", "kv", "isa", "head", "cache", "offline", "progress"})
+_NAMES = frozenset(
+    {"quant", "ctx", "yarn", "threads", "kv", "isa", "head", "cache", "offline", "progress"}
+)
 
 
 def load(
@@ -33,6 +35,7 @@ def load(
     *,
     quant: str = "auto",
     ctx: int | None = None,
+    yarn: float | None = None,
     threads: int | None = None,
     kv: str = "auto",
     isa: str | None = None,
@@ -50,6 +53,9 @@ def load(
     the result; "auto" is what a converted file already is, "none" for toys, and else "w4".
     ctx: tokens that a session can hold; None: as many as the model was made for. Memory is
     taken as it fills.
+    yarn: factor by which YaRN extends the context, as 4.0 for a million tokens of a 4B or 9B; it
+    may harm short texts. None: what config.json says, which is no extension in released models;
+    1: none in any case.
     threads: 1 to 1024; None: one for each physical core that this process may use, by its
     affinity mask and its quota of CPU time (a container's limit, rounded down), and no more than
     OMP_NUM_THREADS says. The answers do not depend on it.
@@ -66,8 +72,8 @@ def load(
     Raises FileError, FileAccessError, UnsupportedError or ArgumentError.
     """
     given: dict[str, Any] = {
-        "quant": quant, "ctx": ctx, "threads": threads, "kv": kv, "isa": isa, "head": head,
-        "cache": cache, "offline": offline, "progress": progress,
+        "quant": quant, "ctx": ctx, "yarn": yarn, "threads": threads, "kv": kv, "isa": isa,
+        "head": head, "cache": cache, "offline": offline, "progress": progress,
     }  # fmt: skip
     defaults = {"quant": "auto", "kv": "auto", "head": "full", "offline": False}
     for name, value in canonical("load", synonyms, _NAMES, _SYNONYMS).items():
@@ -82,6 +88,7 @@ def _load(
     *,
     quant: str,
     ctx: int | None,
+    yarn: float | None,
     threads: int | None,
     kv: str,
     isa: str | None,
@@ -94,7 +101,9 @@ def _load(
     path = locate(model, offline=offline, cache=cache, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)
-    native = _native.Model(checkpoint, context=ctx, threads=threads, kv=kv, isa=isa, head=head)
+    native = _native.Model(
+        checkpoint, context=ctx, yarn=yarn, threads=threads, kv=kv, isa=isa, head=head
+    )
     return Model(
         native,
         Tokenizer.from_files(files),

@@ -11,6 +11,14 @@ from ..errors import FileError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+yarn_option = click.option(
+    "--yarn",
+    type=float,
+    metavar="FACTOR",
+    help="Extend the context FACTOR times (YaRN), as 4 for a million tokens of a 4B or 9B; may harm "
+    "short texts. Default: what config.json says; 1: not at all.",
+)
+
 _LOADING = (
     click.option(
         "--quant",
@@ -20,6 +28,7 @@ _LOADING = (
         help="Weights: 4 or 8 bits (converted once and kept), or as the files have them.",
     ),
     click.option("--ctx", type=click.IntRange(min=1), help="Tokens a conversation can hold."),
+    yarn_option,
     click.option(
         "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: one per core."
     ),
@@ -91,4 +100,4 @@ def given(options: dict[str, Any], *names: str) -> dict[str, Any]:
 SAMPLING_NAMES = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "seed", "preset",
 )  # fmt: skip
-LOADING_NAMES = ("quant", "ctx", "threads", "kv", "isa", "head", "cache", "offline")
+LOADING_NAMES = ("quant", "ctx", "yarn", "threads", "kv", "isa", "head", "cache", "offline")

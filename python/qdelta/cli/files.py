@@ -13,7 +13,7 @@ import click
 
 from ..errors import ArgumentError
 from ..progress import wanted
-from .common import LOADING_NAMES, loading_options, read_text
+from .common import LOADING_NAMES, loading_options, read_text, yarn_option
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ def convert(model_name: str, quant: str, out: str, threads: int | None, offline:
     show_default=True,
     help="Context length of the memory plan.",
 )
+@yarn_option
 @click.option(
     "--kv",
     type=click.Choice(["auto", "f16", "f32", "q8"]),
@@ -71,6 +72,7 @@ def convert(model_name: str, quant: str, out: str, threads: int | None, offline:
 def inspect(
     model_name: str,
     ctx: int,
+    yarn: float | None,
     kv: str,
     tensors: bool,
     verify: bool,
@@ -81,6 +83,7 @@ def inspect(
 
     \b
       qdelta inspect Qwen/Qwen3.5-4B --ctx 32768
+      qdelta inspect Qwen/Qwen3.5-9B --ctx 1010000 --yarn 4
       qdelta inspect qwen3.5-4b.w4.safetensors --tensors --verify
     """
     from .. import _native
@@ -93,9 +96,8 @@ def inspect(
             raise ArgumentError(f"{model_name}: --verify is for converted files, which have a hash")
         _native.verify(str(path))
     config = json.loads(checkpoint.config_json)
-    native_ctx = config.get("text_config", config).get("max_position_embeddings", ctx)
-    model = _native.Model(checkpoint, threads=1, kv=kv)
-    report = _report(model_name, checkpoint, model, config, min(ctx, native_ctx))
+    model = _native.Model(checkpoint, yarn=yarn, threads=1, kv=kv)
+    report = _report(model_name, checkpoint, model, config, min(ctx, model.context))
     report["verified"] = True if verify else None
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -128,6 +130,7 @@ def _report(
         "metadata": {
             key: value for key, value in checkpoint.metadata.items() if key != "qdelta.config"
         },
+        "context": {"tokens": model.context, "yarn": model.yarn, "config_yarn": checkpoint.yarn},
         "config": {
             key: value for key, value in text.items() if not isinstance(value, (dict, list))
         },
@@ -148,6 +151,7 @@ def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
     console.print(f"{report['model']}: Qwen3.5 {report['size']}, {count}, quant {report['quant']}")
     if report["verified"]:
         console.print("hash verified")
+    console.print(_context_line(report["context"]))
     table = Table("setting", "value", title="Config", title_justify="left")
     for key, value in report["config"].items():
         table.add_row(key, str(value))
@@ -174,6 +178,18 @@ def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
     for key, label in names.items():
         table.add_row(label, _size(memory[key]))
     console.print(table)
+
+
+def _context_line(context: dict[str, Any]) -> str:
+    """How far the context reaches, and who extends it."""
+    yarn, asked = context["yarn"], context["config_yarn"]
+    said = f"YaRN factor {asked:g} of config.json" if asked else ""
+    if yarn == asked:
+        reason = said
+    else:
+        here = f"YaRN factor {yarn:g} of --yarn" if yarn else "--yarn 1"
+        reason = f"{here}, instead of {said}" if said else here
+    return f"context {context['tokens']}" + (f" ({reason})" if reason else "")
 
 
 def _size(n: int) -> str:

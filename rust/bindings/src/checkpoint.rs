@@ -35,6 +35,11 @@ impl Checkpoint {
     }
 
     #[getter]
+    fn yarn(&self) -> Option<f64> {
+        self.inner.config.rope.yarn.as_ref().map(|yarn| yarn.factor)
+    }
+
+    #[getter]
     fn metadata(&self) -> BTreeMap<String, String> {
         self.inner.metadata().clone()
     }

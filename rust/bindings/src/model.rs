@@ -21,6 +21,7 @@ pub struct Model {
 
 fn options(
     context: Option<usize>,
+    yarn: Option<f64>,
     threads: Option<usize>,
     kv: &str,
     isa: Option<&str>,
@@ -37,25 +38,27 @@ fn options(
             )));
         }
     };
-    Ok(Options { context, threads, kv, cpu: isa.map(Cpu::named).transpose()?, head: head.parse()? })
+    let (cpu, head) = (isa.map(Cpu::named).transpose()?, head.parse()?);
+    Ok(Options { context, yarn, threads, kv, cpu, head })
 }
 
 #[pymethods]
 impl Model {
     #[new]
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (checkpoint, *, context=None, threads=None, kv="auto", isa=None, head="full"))]
+    #[pyo3(signature = (checkpoint, *, context=None, yarn=None, threads=None, kv="auto", isa=None, head="full"))]
     fn new(
         py: Python<'_>,
         checkpoint: &Checkpoint,
         context: Option<usize>,
+        yarn: Option<f64>,
         threads: Option<usize>,
         kv: &str,
         isa: Option<&str>,
         head: &str,
     ) -> PyResult<Model> {
         let options =
-            options(context, threads, kv, isa, head).map_err(|error| exception(py, error))?;
+            options(context, yarn, threads, kv, isa, head).map_err(|error| exception(py, error))?;
         let checkpoint = checkpoint.inner.clone();
         let inner = detached(py, || CoreModel::load(checkpoint, options))?;
         Ok(Model { inner: Arc::new(inner) })
@@ -77,7 +80,7 @@ impl Model {
         head: &str,
     ) -> PyResult<Model> {
         let options =
-            options(context, threads, kv, isa, head).map_err(|error| exception(py, error))?;
+            options(context, None, threads, kv, isa, head).map_err(|error| exception(py, error))?;
         let inner = detached(py, || {
             let quant = quant.parse()?;
             let config = Config::from_json(config_json, "config.json")?;
@@ -115,6 +118,11 @@ impl Model {
     #[getter]
     fn context(&self) -> usize {
         self.inner.context
+    }
+
+    #[getter]
+    fn yarn(&self) -> Option<f64> {
+        self.inner.config.rope.yarn.as_ref().map(|yarn| yarn.factor)
     }
 
     #[getter]

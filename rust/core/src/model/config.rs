@@ -7,6 +7,7 @@
 
 use super::tensors::{mtp_tensors, text_tensors, vision_tensors};
 use crate::error::{Error, Result};
+use crate::kernels::rope::Yarn;
 use serde_json::{Map, Value};
 
 /// What mixes the tokens in a layer.
@@ -24,6 +25,8 @@ pub struct Rope {
     pub rotary_dim: usize,
     /// Frequencies that follow time, height and width, interleaved.
     pub mrope_section: [usize; 3],
+    /// Extension of the context, if the config asks for one.
+    pub yarn: Option<Yarn>,
 }
 
 /// Sizes of the vision tower.
@@ -184,6 +187,28 @@ impl Config {
         Ok(())
     }
 
+    /// Positions that the model can tell apart as intended.
+    pub fn context(&self) -> usize {
+        self.rope.yarn.as_ref().map_or(self.max_position_embeddings, Yarn::context)
+    }
+
+    /// The same model with its context extended by a YaRN factor, instead of an extension that the
+    /// file asks for; a factor of 1 is no extension.
+    pub fn with_yarn(mut self, factor: f64) -> Result<Config> {
+        if let Some(yarn) = &self.rope.yarn {
+            self.max_position_embeddings = yarn.original_max_position_embeddings;
+        }
+        let original = self.max_position_embeddings;
+        let most = most_yarn(original);
+        if !(1.0..=most).contains(&factor) {
+            return Err(Error::Argument(format!(
+                "yarn is {factor}, expected a factor from 1 to {most}, of a context of {original}"
+            )));
+        }
+        self.rope.yarn = (factor > 1.0).then(|| Yarn::new(factor, original));
+        Ok(self)
+    }
+
     /// Channels of the convolution: q, k and v of all heads.
     pub fn conv_dim(&self) -> usize {
         2 * self.key_dim() + self.value_dim()
@@ -208,6 +233,11 @@ impl Config {
     pub fn layers_of(&self, layer: LayerType) -> usize {
         self.layer_types.iter().filter(|l| **l == layer).count()
     }
+}
+
+/// The largest factor for a context: its positions are a size, and f32 holds them exactly.
+fn most_yarn(original: usize) -> f64 {
+    MOST as f64 / original as f64
 }
 
 fn wrong(file: &str, key: &str, expected: &str, found: &Value) -> Error {
@@ -379,14 +409,18 @@ impl Reader<'_> {
             }
         }
         let find = |key: &str| objects.iter().chain([self]).find_map(|object| object.get(key));
+        let mut types = Vec::new();
         for object in &objects {
-            if let Some(kind) = object.get("rope_type").or_else(|| object.get("type"))
-                && !matches!(kind.as_str(), Some("default" | "mrope"))
-            {
-                return Err(Error::Unsupported(format!(
-                    "{file}: `rope_type` is {kind}, only \"default\" is supported: contexts longer \
-                     than the native one are not; remove the key to run without the extension"
-                )));
+            if let Some(kind) = object.get("rope_type").or_else(|| object.get("type")) {
+                types.push(match kind.as_str() {
+                    Some("default" | "mrope") => "default",
+                    Some("yarn") => "yarn",
+                    _ => {
+                        return Err(Error::Unsupported(format!(
+                            "{file}: `rope_type` is {kind}, supported are \"default\" and \"yarn\""
+                        )));
+                    }
+                });
             }
             if let Some(value) = object.get("mrope_interleaved")
                 && value.as_bool() != Some(true)
@@ -396,15 +430,25 @@ impl Reader<'_> {
                 )));
             }
         }
-        let number = |key: &str, default: f64| match find(key) {
-            None => Ok(default),
+        if types.first() != types.last() {
+            return Err(Error::File(format!(
+                "{file}: `rope_type` is \"{}\" in `rope_parameters` and \"{}\" in `rope_scaling`, \
+                 expected the same",
+                types[0], types[1]
+            )));
+        }
+        let number = |key: &str| match find(key) {
+            None => Ok(None),
             Some(value) => match value.as_f64() {
-                Some(x) if x.is_finite() && x > 0.0 => Ok(x),
+                Some(x) if x.is_finite() && x > 0.0 => Ok(Some(x)),
                 _ => Err(wrong(file, key, "a positive number", value)),
             },
         };
-        let theta = number("rope_theta", 10_000_000.0)?;
-        let factor = number("partial_rotary_factor", 0.25)?;
+        let theta = number("rope_theta")?.unwrap_or(10_000_000.0);
+        if theta <= 1.0 {
+            return Err(Error::File(format!("{file}: `rope_theta` is {theta}, expected above 1")));
+        }
+        let factor = number("partial_rotary_factor")?.unwrap_or(0.25);
         let rotary_dim = (head_dim as f64 * factor) as usize;
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
             return Err(Error::File(format!(
@@ -412,9 +456,13 @@ impl Reader<'_> {
                  dimensions of `head_dim` {head_dim}, found {rotary_dim}"
             )));
         }
+        let yarn = match types.first() {
+            Some(&"yarn") => Some(self.yarn(find, number)?),
+            _ => None,
+        };
         let Some(value) = find("mrope_section") else {
             // Of the published models. Without images all sections have the same positions.
-            return Ok(Rope { theta, rotary_dim, mrope_section: [11, 11, 10] });
+            return Ok(Rope { theta, rotary_dim, mrope_section: [11, 11, 10], yarn });
         };
         let section: Option<Vec<usize>> = value.as_array().and_then(|section| {
             section.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect()
@@ -423,13 +471,72 @@ impl Reader<'_> {
         let sum = |section: &[usize; 3]| section.iter().try_fold(0usize, |a, n| a.checked_add(*n));
         match section {
             Some(mrope_section) if sum(&mrope_section) == Some(rotary_dim / 2) => {
-                Ok(Rope { theta, rotary_dim, mrope_section })
+                Ok(Rope { theta, rotary_dim, mrope_section, yarn })
             }
             _ => {
                 let expected = format!("three counts that sum to {}", rotary_dim / 2);
                 Err(wrong(file, "mrope_section", &expected, value))
             }
         }
+    }
+
+    /// The extension of the context. find, number: lookup of a rope field.
+    fn yarn<'a>(
+        &self,
+        find: impl Fn(&str) -> Option<&'a Value>,
+        number: impl Fn(&str) -> Result<Option<f64>>,
+    ) -> Result<Yarn> {
+        let file = self.file;
+        let missing = |key: &str| {
+            Error::File(format!("{file}: `{key}` is missing, which `rope_type` \"yarn\" needs"))
+        };
+        const ORIGINAL: &str = "original_max_position_embeddings";
+        let original = find(ORIGINAL).ok_or_else(|| missing(ORIGINAL))?;
+        let Some(original) = original.as_u64().filter(|n| (1..=MOST).contains(n)) else {
+            return Err(wrong(file, ORIGINAL, &format!("an integer from 1 to {MOST}"), original));
+        };
+        let factor = number("factor")?.ok_or_else(|| missing("factor"))?;
+        let most = most_yarn(original as usize);
+        if !(1.0..=most).contains(&factor) {
+            return Err(Error::File(format!(
+                "{file}: `factor` is {factor}, expected a number from 1 to {most}"
+            )));
+        }
+        if let Some(value) = find("truncate")
+            && value.as_bool() != Some(true)
+        {
+            return Err(Error::Unsupported(format!(
+                "{file}: `truncate` is {value}, only true is supported"
+            )));
+        }
+        let mut yarn = Yarn::new(factor, original as usize);
+        yarn.beta_fast = number("beta_fast")?.unwrap_or(yarn.beta_fast);
+        yarn.beta_slow = number("beta_slow")?.unwrap_or(yarn.beta_slow);
+        if yarn.beta_fast <= yarn.beta_slow {
+            return Err(Error::File(format!(
+                "{file}: `beta_fast` is {}, expected more than `beta_slow`, which is {}",
+                yarn.beta_fast, yarn.beta_slow
+            )));
+        }
+        let scales = (number("mscale")?, number("mscale_all_dim")?);
+        yarn.attention_factor = match (number("attention_factor")?, scales) {
+            (Some(given), _) => given,
+            (None, (None, None)) => yarn.attention_factor,
+            (None, (Some(mscale), Some(all))) => {
+                Yarn::scale(factor, mscale) / Yarn::scale(factor, all)
+            }
+            (None, (mscale, _)) => {
+                let (here, other) = match mscale {
+                    Some(_) => ("mscale", "mscale_all_dim"),
+                    None => ("mscale_all_dim", "mscale"),
+                };
+                return Err(Error::Unsupported(format!(
+                    "{file}: `{here}` without `{other}`, which programs understand differently; \
+                     give both, or `attention_factor`"
+                )));
+            }
+        };
+        Ok(yarn)
     }
 
     fn vision(&self) -> Result<VisionConfig> {
@@ -476,7 +583,8 @@ mod tests {
     #[test]
     fn text_only_spelling() {
         let config = Config::from_json(TINY, "config.json").expect("the sample is supported");
-        assert_eq!(config.rope, Rope { theta: 1e7, rotary_dim: 8, mrope_section: [2, 1, 1] });
+        let rope = Rope { theta: 1e7, rotary_dim: 8, mrope_section: [2, 1, 1], yarn: None };
+        assert_eq!(config.rope, rope);
         assert_eq!(config.layer_types[3], LayerType::FullAttention);
         assert_eq!(config.layers_of(LayerType::LinearAttention), 3);
         assert_eq!(config.conv_dim(), 32);
@@ -502,6 +610,7 @@ mod tests {
             ("partial_rotary_factor", "2"),
             ("rope_theta", "-1"),
             ("rope_theta", "\"1\""),
+            ("rope_theta", "1"),
             ("head_dim", "15"),
             ("head_dim", "null"),
             ("rope_parameters", "[]"),
@@ -511,6 +620,7 @@ mod tests {
             ("rope_parameters", "{\"mrope_section\": [2, 2, 1]}"),
             ("rope_parameters", "{\"mrope_section\": [18446744073709551615, 4, 1]}"),
             ("rope_parameters", "{\"rope_type\": \"yarn\", \"factor\": 4.0}"),
+            ("rope_parameters", "{\"rope_type\": \"linear\"}"),
             ("rope_scaling", "{\"type\": \"linear\"}"),
             ("num_hidden_layers", "100000"),
             ("full_attention_interval", "0"),
@@ -528,6 +638,79 @@ mod tests {
             assert!(error.starts_with("config.json: "), "{key}: {error}");
             let inner = ["rope_parameters", "rope_scaling", "vision_config"];
             assert!(error.contains(key) || inner.contains(&key), "{key}: {error}");
+        }
+    }
+
+    fn with_yarn(key: &str, value: &str) -> Result<Config> {
+        let mut rope = serde_json::json!({"type": "yarn", "mrope_section": [2, 1, 1],
+            "factor": 4.0, "original_max_position_embeddings": 262_144});
+        rope[key] = serde_json::from_str(value).expect("the value is valid");
+        with("rope_scaling", &rope.to_string())
+    }
+
+    #[test]
+    fn yarn_of_a_config() {
+        let yarn = |key, value| with_yarn(key, value).expect(key).rope.yarn.expect("a yarn config");
+        let plain = yarn("type", "\"yarn\"");
+        assert_eq!(plain, Yarn::new(4.0, 262_144));
+        assert_eq!(yarn("beta_fast", "16").beta_fast, 16.0);
+        assert_eq!(yarn("beta_slow", "2.5").beta_slow, 2.5);
+        assert_eq!(yarn("attention_factor", "1.5").attention_factor, 1.5);
+        assert_eq!(with_yarn("factor", "3.5").expect("a factor").context(), 917_504);
+        assert_eq!(with_yarn("type", "null").expect("no type").rope.yarn, None);
+
+        let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
+        json["rope_scaling"] = serde_json::json!({"type": "yarn", "mrope_section": [2, 1, 1],
+            "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 2.0,
+            "mscale_all_dim": 0.5});
+        let config = Config::from_json(&json.to_string(), "config.json").expect("two scales");
+        let factor = config.rope.yarn.expect("a yarn config").attention_factor;
+        let log = 4f64.ln();
+        assert!((factor - (0.2 * log + 1.0) / (0.05 * log + 1.0)).abs() < 1e-15);
+    }
+
+    #[test]
+    fn what_is_wrong_with_yarn_is_named() {
+        for (key, value) in [
+            ("factor", "0.99"),
+            ("factor", "-4"),
+            ("factor", "8.01"),
+            ("factor", "\"4\""),
+            ("factor", "null"),
+            ("original_max_position_embeddings", "null"),
+            ("original_max_position_embeddings", "0"),
+            ("original_max_position_embeddings", "262144.5"),
+            ("beta_fast", "1"),
+            ("beta_slow", "0"),
+            ("attention_factor", "0"),
+            ("truncate", "false"),
+            ("mscale", "1"),
+            ("mscale_all_dim", "1"),
+        ] {
+            let error = with_yarn(key, value).expect_err(key).to_string();
+            assert!(error.starts_with("config.json: "), "{key}: {error}");
+            assert!(error.contains(key), "{key}: {error}");
+        }
+        let both = "{\"rope_type\": \"yarn\", \"factor\": 4.0}";
+        let error = with("rope_parameters", both).expect_err("rope_scaling differs").to_string();
+        assert!(error.contains("\"yarn\" in `rope_parameters` and \"default\""), "{error}");
+    }
+
+    #[test]
+    fn yarn_by_option() {
+        let config = with("max_position_embeddings", "262144").expect("a valid config");
+        assert_eq!(config.context(), 262_144);
+        let extended = config.clone().with_yarn(2.0).expect("a factor");
+        assert_eq!(extended.context(), 524_288);
+        assert_eq!(extended.rope.yarn, Some(Yarn::new(2.0, 262_144)));
+        assert_eq!(extended.with_yarn(1.0).expect("a factor"), config);
+        let asked = with_yarn("attention_factor", "1.5").expect("a valid config");
+        let asked = asked.with_yarn(3.0).expect("a factor");
+        assert_eq!(asked.rope.yarn, Some(Yarn::new(3.0, 262_144)));
+        assert_eq!(asked.context(), 786_432);
+        for factor in [0.5, -1.0, 8.5, f64::NAN, f64::INFINITY] {
+            let error = config.clone().with_yarn(factor).expect_err("a bad factor").to_string();
+            assert!(error.contains("expected a factor from 1 to 8"), "{error}");
         }
     }
 

@@ -21,8 +21,10 @@ use std::sync::Arc;
 /// What a caller may choose about a model.
 #[derive(Clone, Default)]
 pub struct Options {
-    /// Positions a session may hold; the model's native context if not given.
+    /// Positions a session may hold; all that the model has if not given.
     pub context: Option<usize>,
+    /// Factor by which YaRN extends the context; what the config says if not given.
+    pub yarn: Option<f64>,
     /// Threads, the caller's included; [`threads::default_threads`] if not given.
     pub threads: Option<usize>,
     /// Format of the KV cache; f32 for unquantised weights and f16 otherwise if not given.
@@ -85,10 +87,16 @@ impl Model {
         source: Arc<dyn Source>,
         options: Options,
     ) -> Result<Model> {
-        let native = config.max_position_embeddings;
-        let context = options.context.unwrap_or(native);
-        if context == 0 || context > native {
-            return Err(Error::Argument(format!("context is {context}, expected 1 to {native}")));
+        let config = match options.yarn {
+            Some(factor) => config.with_yarn(factor)?,
+            None => config,
+        };
+        let most = config.context();
+        let context = options.context.unwrap_or(most);
+        if context == 0 || context > most {
+            return Err(Error::Argument(format!(
+                "context is {context}, expected 1 to {most} (a larger YaRN factor extends it)"
+            )));
         }
         let threads = threads::checked(options.threads.unwrap_or_else(threads::default_threads))?;
         let cpu = match (options.cpu, std::env::var("QDELTA_ISA")) {
@@ -103,7 +111,12 @@ impl Model {
         Ok(Model {
             head: if in_planes { options.head } else { Head::Full },
             weights,
-            rope: Rope::new(config.rope.theta, config.rope.rotary_dim, config.rope.mrope_section),
+            rope: Rope::new(
+                config.rope.theta,
+                config.rope.rotary_dim,
+                config.rope.mrope_section,
+                config.rope.yarn.as_ref(),
+            ),
             pool: Pool::new(threads),
             config,
             quant,
