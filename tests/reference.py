@@ -18,13 +18,30 @@ written slowest axis first. A linear layer is y = x w^T with w [out, in]; none h
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import safetensors
 
 # ---------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """An extension of the context (arXiv:2309.00071), under the config's own names."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+
+    @property
+    def scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        given = self.attention_factor
+        return 0.1 * float(np.log(self.factor)) + 1 if given is None else given
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class Config:
     rope_theta: float
     rotary_dim: int  # leading dims of an attention head that rotate
     mrope_section: tuple[int, int, int]  # frequencies per axis: time, height, width
+    yarn: Yarn | None = None
     mtp_num_hidden_layers: int = 0
 
     @property
@@ -73,13 +91,18 @@ class Config:
             return rope.get(name, text.get(name, default))
 
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f'rope_type is "{kind}", only "default" is supported')
+        if kind not in ("default", "yarn"):
+            raise ValueError(f'rope_type is "{kind}", only "default" and "yarn" are supported')
+        if any(rope.get(name) is not None for name in ("mscale", "mscale_all_dim", "truncate")):
+            raise ValueError("mscale, mscale_all_dim and truncate: only the default is supported")
         for name, only in (("hidden_act", "silu"), ("attention_bias", False)):
             if text.get(name, only) != only:
                 raise ValueError(f"{name} is {text[name]!r}, only {only!r} is supported")
         if not text.get("attn_output_gate", True):
             raise ValueError("attn_output_gate is false, only true is supported")
+
+        yarn = {f.name: rope_field(f.name, None) for f in fields(Yarn)}
+        yarn = {name: value for name, value in yarn.items() if value is not None}
 
         layers = text["num_hidden_layers"]
         interval = text.get("full_attention_interval", 4)
@@ -107,6 +130,7 @@ class Config:
             rope_theta=float(rope_field("rope_theta", 1e7)),
             rotary_dim=int(text["head_dim"] * rope_field("partial_rotary_factor", 0.25)),
             mrope_section=tuple(rope_field("mrope_section", (11, 11, 10))),
+            yarn=Yarn(**yarn) if kind == "yarn" else None,
             mtp_num_hidden_layers=text.get("mtp_num_hidden_layers", 0),
         )
 
@@ -273,15 +297,39 @@ def mlp(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np
 # ------------------------------------------------------------------------------------ rope
 
 
-def inverse_frequencies(theta: float, rotary_dim: int) -> np.ndarray:
+def inverse_frequencies(theta: float, rotary_dim: int, yarn: Yarn | None = None) -> np.ndarray:
     """f_i = theta^(-2i / rotary_dim), float32 [rotary_dim / 2].
 
     The exponent, the power and the reciprocal are each rounded to float32: at position
     200,000 a last bit of f_1 is worth 0.01 radian.
+
+    YaRN keeps what turns often within the original context, divides by its factor what hardly
+    turns once, and blends in between; every step in float32 as well.
     """
     exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     power = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1) / power
+    if yarn is None:
+        return np.float32(1) / power
+    low, high = yarn_range(theta, rotary_dim, yarn)
+    ramp = (np.arange(rotary_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    kept = 1 - np.clip(ramp, 0, 1)
+    stretched = 1 / (np.float32(yarn.factor) * power)
+    return stretched * (1 - kept) + 1 / power * kept
+
+
+def yarn_range(theta: float, rotary_dim: int, yarn: Yarn) -> tuple[float, float]:
+    """Indices of the last frequency that YaRN keeps and of the first that it divides.
+
+    The frequency of index d ln(n / 2 pi r) / (2 ln theta) turns r times in n positions.
+    """
+
+    def index(turns: float) -> float:
+        turn = yarn.original_max_position_embeddings / (2 * np.pi * turns)
+        return rotary_dim * np.log(turn) / (2 * np.log(theta))
+
+    low = max(np.floor(index(yarn.beta_fast)), 0)
+    high = min(np.ceil(index(yarn.beta_slow)), rotary_dim - 1)
+    return low, high if low != high else high + 0.001
 
 
 def mrope_axes(mrope_section: tuple[int, int, int], n_frequencies: int) -> np.ndarray:
@@ -298,17 +346,22 @@ def mrope_axes(mrope_section: tuple[int, int, int], n_frequencies: int) -> np.nd
 
 
 def rope_tables(
-    positions: np.ndarray, frequencies: np.ndarray, mrope_section: tuple[int, int, int]
+    positions: np.ndarray,
+    frequencies: np.ndarray,
+    mrope_section: tuple[int, int, int],
+    scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of the angles, float64 [tokens, rotary_dim / 2].
 
     positions: [3, tokens], time, height, width; for text all three are the token's index.
     The angle is the float32 product of position and frequency; its cos and sin are taken
-    accurately. Both halves of that sentence matter at far positions.
+    accurately. Both halves of that sentence matter at far positions. YaRN multiplies both by
+    `scale`.
     """
     axes = mrope_axes(mrope_section, len(frequencies))
     angles = positions.astype(np.float32)[axes].T * frequencies.astype(np.float32)
-    return np.cos(angles.astype(np.float64)), np.sin(angles.astype(np.float64))
+    angles = angles.astype(np.float64)
+    return scale * np.cos(angles), scale * np.sin(angles)
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -457,6 +510,7 @@ class Reference:
     dtype: type = np.float32
     chunk: int | None = None  # None: recurrent delta rule; else the chunked form
     frequencies: np.ndarray = field(init=False)
+    rope_scale: float = field(init=False)
 
     def __post_init__(self) -> None:
         for name, shape in text_tensors(self.config).items():
@@ -465,7 +519,9 @@ class Reference:
         self.weights = {
             name: self.weights[name].astype(self.dtype) for name in text_tensors(self.config)
         }
-        self.frequencies = inverse_frequencies(self.config.rope_theta, self.config.rotary_dim)
+        c = self.config
+        self.frequencies = inverse_frequencies(c.rope_theta, c.rotary_dim, c.yarn)
+        self.rope_scale = 1.0 if c.yarn is None else c.yarn.scale
 
     @staticmethod
     def load(folder: str | Path, dtype: type = np.float32, chunk: int | None = None) -> Reference:
@@ -504,18 +560,21 @@ class Reference:
         tokens,
         positions: np.ndarray | None = None,
         trace: dict[str, np.ndarray] | None = None,
+        rows: int | None = None,
     ) -> np.ndarray:
         """Run tokens through the decoder; `state` moves on.
 
-        Returns the rows after the final norm, [tokens, hidden]. `positions` [3, tokens]
-        replaces the running index in the rotation only. Intermediate values go to `trace`.
+        Returns the rows after the final norm, [tokens, hidden], or only the last `rows` of them:
+        if the last layer is a full one, the others cost it no more than their keys and values.
+        `positions` [3, tokens] replaces the running index in the rotation only. Intermediate
+        values go to `trace`.
         """
         c, w = self.config, self.weights
         tokens = np.asarray(tokens, dtype=np.int64)
         if positions is None:
             index = np.arange(state.n_tokens, state.n_tokens + len(tokens))
             positions = np.stack([index] * 3)
-        cos, sin = rope_tables(positions, self.frequencies, c.mrope_section)
+        cos, sin = rope_tables(positions, self.frequencies, c.mrope_section, self.rope_scale)
 
         note = Notes(trace)
         x = w["embed_tokens.weight"][tokens]  # no scaling
@@ -530,13 +589,16 @@ class Reference:
             if kind == "linear_attention":
                 y = self.gated_delta_net(n, p + "linear_attn.", state.layers[i], note)
             else:
-                y = self.attention(n, p + "self_attn.", state.layers[i], cos, sin, note)
-            x = x + y
+                last = rows if i == c.num_hidden_layers - 1 else None
+                y = self.attention(n, p + "self_attn.", state.layers[i], cos, sin, note, last)
+            x = x[-len(y) :] + y
             m = rms_norm(x, w[p + "post_attention_layernorm.weight"], c.rms_norm_eps)
             f = mlp(m, *(w[f"{p}mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
             x = x + f
             note(input_layernorm=n, mixer=y, post_attention_layernorm=m, mlp=f, output=x)
         state.n_tokens += len(tokens)
+        if rows is not None:
+            x = x[-rows:]
         x = rms_norm(x, w["norm.weight"], c.rms_norm_eps)
         Notes(trace)(final_norm=x)
         return x
@@ -574,17 +636,23 @@ class Reference:
         cos: np.ndarray,
         sin: np.ndarray,
         note: Notes,
+        rows: int | None = None,
     ) -> np.ndarray:
-        """The mixer of a full layer: gated grouped-query attention. x, y: [tokens, hidden]."""
+        """The mixer of a full layer: gated grouped-query attention. x, y: [tokens, hidden].
+
+        With `rows` only the last rows of y, [rows, hidden].
+        """
         c, w = self.config, self.weights
         h_q, h_kv, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q_proj = linear(x, w[p + "q_proj.weight"])
+        first = 0 if rows is None else len(x) - rows
+        q_proj = linear(x[first:], w[p + "q_proj.weight"])
         k_proj = linear(x, w[p + "k_proj.weight"])
         v_proj = linear(x, w[p + "v_proj.weight"])
         q, gate = np.split(q_proj.reshape(-1, h_q, 2 * d), 2, axis=-1)  # per head: query, gate
         q_norm = rms_norm(q, w[p + "q_norm.weight"], c.rms_norm_eps)
         k_norm = rms_norm(k_proj.reshape(-1, h_kv, d), w[p + "k_norm.weight"], c.rms_norm_eps)
-        q_rope, k_rope = rotate(q_norm, cos, sin), rotate(k_norm, cos, sin)
+        q_rope = rotate(q_norm, cos[first:], sin[first:])
+        k_rope = rotate(k_norm, cos, sin)
         v = v_proj.reshape(-1, h_kv, d)
         state["key"] = np.concatenate([state["key"], k_rope.transpose(1, 0, 2)], axis=1)
         state["value"] = np.concatenate([state["value"], v.transpose(1, 0, 2)], axis=1)

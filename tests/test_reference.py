@@ -16,6 +16,7 @@ from golden_data import DEMO, MODELS, OPS, Tensors, assert_close, cases, golden_
 from reference import (
     Config,
     Reference,
+    Yarn,
     attend,
     conv1d_silu,
     delta_rule,
@@ -32,10 +33,13 @@ from reference import (
     rotate,
     sigmoid,
     softplus,
+    text_tensors,
+    yarn_range,
 )
-from tiny import config_json, formula, formula_model, make_checkpoint
+from tiny import config_json, formula, formula_model, make_checkpoint, random_values
 
 EPS = 1e-6
+YARN = {"factor": 4.0, "original_max_position_embeddings": 262144}
 DEMO_FOLDER = Path(__file__).parents[1] / "python" / "qdelta" / "demo"
 
 # --------------------------------------------------------------------------------- the ops
@@ -354,6 +358,42 @@ def test_known_frequencies():
         assert f[i] == pytest.approx(value, rel=1e-7)
 
 
+def test_known_frequencies_of_yarn():
+    """Values of an independent implementation for the released models and factor 4."""
+    yarn = Yarn(4.0, 262144)
+    assert yarn_range(1e7, 64, yarn) == (14, 22)
+    assert yarn.scale == pytest.approx(1.138629436, abs=1e-9)
+    assert Yarn(2.0, 262144).scale == pytest.approx(1.069314718, abs=1e-9)
+    f = inverse_frequencies(1e7, 64, yarn)
+    want = {
+        0: 1, 14: 8.6596434e-4, 15: 4.7423982e-4, 16: 2.5693508e-4, 18: 7.2173876e-5,
+        20: 1.8449224e-5, 31: 4.1370427e-8,
+    }  # fmt: skip
+    for i, value in want.items():
+        assert f[i] == pytest.approx(value, rel=1.2e-7)
+    c = Config.from_dict(config_json(rope={"rope_type": "yarn", **YARN}, rope_style="rope_scaling"))
+    assert c.yarn == yarn
+    assert Config.from_dict(config_json(rope=YARN)).yarn is None
+
+
+def test_the_last_rows_alone():
+    """`rows` changes what is computed, not what comes out."""
+    for layers in (["full_attention", "linear_attention"], ["linear_attention", "full_attention"]):
+        text = {"num_hidden_layers": 2, "layer_types": layers}
+        c = Config.from_dict(config_json(text))
+        rng = np.random.default_rng(0)
+        weights = {n: random_values(n, shape, rng) for n, shape in text_tensors(c).items()}
+        model = Reference(c, weights, np.float64)
+        whole, part = model.start(), model.start()
+        for ids, rows in ((range(50), 1), (range(50, 90), 7)):
+            want, got = model.feed(whole, ids), model.feed(part, ids, rows=rows)
+            assert got.shape == (rows, c.hidden_size)
+            np.testing.assert_allclose(got, want[-rows:], atol=1e-12)
+        for a, b in zip(whole.layers, part.layers, strict=True):
+            for name in a:
+                np.testing.assert_allclose(a[name], b[name], atol=1e-12)
+
+
 def test_softplus_has_no_overflow():
     x = np.array([-1e4, -20, 0, 19.9, 20.1, 1e4], dtype=np.float32)
     want = [0, 2.0611537e-09, np.log(2), 19.9, 20.1, 1e4]
@@ -389,7 +429,8 @@ def test_config_defaults():
         ({"hidden_act": "gelu"}, None),
         ({"attention_bias": True}, None),
         ({"attn_output_gate": False}, None),
-        (None, {"rope_type": "yarn", "factor": 4.0}),
+        (None, {"rope_type": "linear", "factor": 4.0}),
+        (None, {"rope_type": "yarn", "mscale": 1.0}),
     ],
 )
 def test_config_refuses_another_model(text, rope):
