@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,33 @@ def test_inspect_for_programs(model: Path, converted: Path):
         assert report["config"]["hidden_size"] == 32
         assert sum(entry["tensors"] for entry in report["types"].values()) == len(report["tensors"])
     assert json.loads(run("inspect", converted, "--json", "--verify").stdout)["verified"] is True
+
+
+def test_inspect_says_who_extends_the_context(model: Path, tmp_path: Path):
+    def lines(path: Path, *options: object) -> str:
+        return run("inspect", path, *options).stdout
+
+    extended = tmp_path / "extended"
+    shutil.copytree(model, extended)
+    config = json.loads((extended / "config.json").read_text())
+    context = config["text_config"]["max_position_embeddings"]
+    rope = config["text_config"]["rope_parameters"]
+    rope |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": context}
+    (extended / "config.json").write_text(json.dumps(config))
+
+    assert f"context {context}\n" in lines(model)
+    assert f"context {2 * context} (YaRN factor 2 of --yarn)\n" in lines(model, "--yarn", 2)
+    said = "YaRN factor 4 of config.json"
+    assert f"context {4 * context} ({said})\n" in lines(extended)
+    two = f"context {2 * context} (YaRN factor 2 of --yarn, instead of {said})\n"
+    assert two in lines(extended, "--yarn", 2)
+    assert f"context {context} (--yarn 1, instead of {said})\n" in lines(extended, "--yarn", 1)
+    plan = lines(extended, "--ctx", 3 * context)
+    assert f"Memory for a context of {3 * context}" in plan
+    report = json.loads(run("inspect", extended, "--yarn", 2, "--json").stdout)
+    assert report["context"] == {"tokens": 2 * context, "yarn": 2.0, "config_yarn": 4.0}
+    assert "yarn is 0.5" in fails("run", model, "ab", "--yarn", 0.5)
+    assert "--yarn FACTOR" in run("run", "--help").stdout
 
 
 def test_the_number_of_parameters_is_that_of_the_tensors(model: Path):

@@ -15,8 +15,8 @@ yarn_option = click.option(
     "--yarn",
     type=float,
     metavar="FACTOR",
-    help="Extend the context FACTOR times (YaRN), as 4 for a million tokens of a 4B or 9B; may harm "
-    "short texts. Default: what config.json says; 1: not at all.",
+    help="Extend the context FACTOR times (YaRN), as 4 for a million tokens of a 4B or 9B; "
+    "may harm short texts. Default: what config.json says; 1: not at all.",
 )
 
 _LOADING = (
