@@ -338,7 +338,7 @@ UNSUPPORTED = [
     ({"hidden_act": "gelu"}, "hidden_act", "gelu", "silu"),
     ({"attention_bias": True}, "attention_bias"),
     ({"attn_output_gate": False}, "attn_output_gate"),
-    ({"rope__rope_type": "yarn"}, "rope_type", "yarn"),
+    ({"rope__rope_type": "dynamic"}, "rope_type", "dynamic"),
     ({"rope__rope_type": "llama3"}, "rope_type", "llama3"),
     ({"model_type": "llama"}, "model_type", "llama"),
     ({"model_type": "qwen3_5_moe_text"}, "model_type"),
