@@ -128,6 +128,10 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoded token reads: trunk and head."""
 
+    @property
+    def head_bytes(self) -> int:
+        """Those of `weight_bytes` that the head reads."""
+
     def memory_plan(self, context: int) -> dict[str, int]:
         """Bytes by purpose, "weights", "kv", "state", "scratch", for a session of `context`."""
 
@@ -184,6 +188,18 @@ class Session:
     def restore(self, snapshot: Snapshot) -> None: ...
     def reset(self) -> None:
         """Back to an empty timeline."""
+
+    def start_profile(self) -> None:
+        """Count the times of feeds from now on, from zero."""
+
+    def stop_profile(self) -> dict[str, float]:
+        """Seconds of the feeds since `start_profile` by part; together their wall time.
+
+        "matrices", "delta_rule", "attention", "head", "norms" (with the quantisation of
+        activations), "other" (embedding and what has no part of its own): the caller's work, and
+        of work that threads share the time in it by the number of threads. "synchronisation":
+        what that shared work took beyond. Raises ArgumentError if no profile was started.
+        """
 
     def trace(self, tokens: NDArray[np.int32]) -> dict[str, NDArray[np.float32]]:
         """Feed, and return the values between the layers by name; for tests and study."""

@@ -135,6 +135,11 @@ impl Model {
         self.inner.weight_bytes()
     }
 
+    #[getter]
+    fn head_bytes(&self) -> usize {
+        self.inner.head_bytes()
+    }
+
     fn memory_plan(&self, context: usize) -> BTreeMap<&'static str, usize> {
         let plan = self.inner.memory_plan(context);
         BTreeMap::from([

@@ -119,6 +119,17 @@ impl Session {
         py.detach(|| self.lock().reset());
     }
 
+    fn start_profile(&self, py: Python<'_>) {
+        py.detach(|| self.lock().start_profile());
+    }
+
+    fn stop_profile(&self, py: Python<'_>) -> PyResult<BTreeMap<&'static str, f64>> {
+        detached(py, || match self.lock().stop_profile() {
+            Some(profile) => Ok(profile.seconds().into_iter().collect()),
+            None => Err(Error::Argument("no profile was started".into())),
+        })
+    }
+
     fn trace<'py>(
         &self,
         py: Python<'py>,

@@ -10,6 +10,7 @@ pub mod kernels;
 pub mod layers;
 pub mod model;
 pub mod pool;
+pub mod profile;
 pub mod quant;
 mod random;
 pub mod session;

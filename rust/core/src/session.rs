@@ -6,6 +6,7 @@ use crate::layers::block::Scratch;
 use crate::layers::head::Head;
 use crate::layers::linear::Input;
 use crate::model::forward::{Model, PIECE, Rows};
+use crate::profile::Profile;
 use crate::state::{KV_CHUNK, LayerState, State, lock};
 use crate::trace::{Recorded, Trace};
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ pub struct Session {
     screen: Vec<f32>, // work buffer
     /// A feed ended in the middle, so the state fits no number of tokens.
     broken: bool,
+    profile: Option<Profile>,
 }
 
 /// The state of a session at some token. Cheap to keep: the KV cache is shared until it is written.
@@ -68,6 +70,7 @@ impl Session {
             deferred: false,
             screen: Vec::new(),
             broken: false,
+            profile: None,
             model,
         }
     }
@@ -98,7 +101,34 @@ impl Session {
         Ok(trace.into_values())
     }
 
+    /// Counts times of the calls from now on, from zero.
+    pub fn start_profile(&mut self) {
+        self.profile = Some(Profile::new(self.model.threads()));
+    }
+
+    /// Counts no times any more. Returns those since [`Session::start_profile`], if it was called.
+    pub fn stop_profile(&mut self) -> Option<Profile> {
+        self.profile.take()
+    }
+
     fn run(&mut self, tokens: &[i32], rows: Rows, trace: Option<&Trace>) -> Result<()> {
+        // Aside for the time of the call, which has the session for itself.
+        let profile = self.profile.take();
+        let result = {
+            let _call = profile.as_ref().map(Profile::call);
+            self.run_pieces(tokens, rows, trace, profile.as_ref())
+        };
+        self.profile = profile;
+        result
+    }
+
+    fn run_pieces(
+        &mut self,
+        tokens: &[i32],
+        rows: Rows,
+        trace: Option<&Trace>,
+        profile: Option<&Profile>,
+    ) -> Result<()> {
         if self.broken {
             return Err(Error::Internal("the session is unusable after an internal error".into()));
         }
@@ -129,9 +159,9 @@ impl Session {
             let rows = if rows == Rows::Last && i + 1 < pieces { Rows::None } else { rows };
             let Session { model, state, scratch, head, logits, .. } = self;
             caught(|| {
-                model.forward(piece, state, scratch, head, rows, trace);
+                model.forward(piece, state, scratch, head, rows, trace, profile);
                 if rows != Rows::None && !defer {
-                    model.logits(head, logits);
+                    model.logits(head, logits, profile);
                 }
             })?;
         }
@@ -156,7 +186,7 @@ impl Session {
             self.model.check_unchanged()?;
             self.reserve_logits(1)?;
             let Session { model, head, logits, .. } = self;
-            caught(|| model.logits(head, logits))?;
+            caught(|| model.logits(head, logits, None))?;
             self.deferred = false;
         }
         Ok(())

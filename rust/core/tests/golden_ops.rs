@@ -360,7 +360,7 @@ fn attention_block() {
             let (mut out, mut before_gate, mut past) = (vec![0.0; x.len()], Vec::new(), 0);
             for call in golden.ints("calls") {
                 let trace = Trace::default();
-                let ctx = Context { cpu, team: &team, trace: Some(&trace) };
+                let ctx = Context { trace: Some(&trace), ..Context::new(cpu, &team) };
                 let mut angles = Vec::new();
                 (past..past + call).for_each(|p| rope.angles([p; 3], &mut angles));
                 for head in &mut cache {

@@ -11,6 +11,7 @@ use crate::kernels::activation::sigmoid;
 use crate::kernels::attention::{Partial, ROWS, attend_isa};
 use crate::kernels::attention_q8::{self, Q8Rows};
 use crate::kernels::{load_some, norm, rope, store_some};
+use crate::profile::Part;
 use crate::quant::Format;
 use crate::quant::float::{F16, F32};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
@@ -83,11 +84,13 @@ impl Attention {
         residual: &mut [f32],
     ) {
         let matrices = self.projections();
-        x.prepare(ctx, &matrices);
+        let [norms, products] = [Part::Norms, Part::Matrices].map(|part| ctx.under(part));
+        let ctx = ctx.under(Part::Attention);
+        x.prepare(norms, &matrices);
         let width: usize = matrices.iter().map(|m| m.width()).sum();
         let tokens = x.tokens();
         projected.resize(tokens * width, 0.0);
-        project(ctx, &matrices, x, false, projected);
+        project(products, &matrices, x, false, projected);
         self.trace_projections(ctx, width, projected);
 
         let projected = &projected[..];
@@ -95,9 +98,11 @@ impl Attention {
             self.append(ctx, head, cache, positions, width, projected);
         };
         if tokens <= FEW_TOKENS {
-            cache.iter_mut().enumerate().for_each(|(head, cache)| append(head, cache));
+            ctx.alone(|| {
+                cache.iter_mut().enumerate().for_each(|(head, cache)| append(head, cache));
+            });
         } else {
-            ctx.team.run_each(cache, |_| (), |(), head, cache| append(head, cache));
+            ctx.run_each(cache, |_| (), |(), head, cache| append(head, cache));
         }
 
         let cache = &*cache;
@@ -119,7 +124,7 @@ impl Attention {
         let n_chunks = (positions.past + tokens).div_ceil(KV_CHUNK);
         if tokens > FEW_TOKENS || n_chunks <= SPLIT_CHUNKS {
             let tile = (TILE_TOKENS.min(tokens), head_cols);
-            ctx.team.run_tiles(&mut mixed.rows, mixed_width, tile, init, |scratch, mut y| {
+            ctx.run_tiles(&mut mixed.rows, mixed_width, tile, init, |scratch, mut y| {
                 let kv = y.cols().start / head_cols;
                 let unit = unit(kv, y.rows(), 0..n_chunks);
                 ctx.cpu.run(Attend { unit: &unit, scratch });
@@ -134,7 +139,7 @@ impl Attention {
             let row = self.heads.queries_per_kv * (self.heads.dim + 2);
             parts.resize(splits * tokens * self.heads.kv * row, 0.0);
             let parts_width = self.heads.kv * row;
-            ctx.team.run_tiles(parts, parts_width, (tokens, row), init, |scratch, mut y| {
+            ctx.run_tiles(parts, parts_width, (tokens, row), init, |scratch, mut y| {
                 let (kv, split) = (y.cols().start / row, y.rows().start / tokens);
                 let chunks = split * SPLIT_CHUNKS..((split + 1) * SPLIT_CHUNKS).min(n_chunks);
                 let unit = unit(kv, 0..tokens, chunks);
@@ -143,22 +148,24 @@ impl Attention {
                     unit.save(t, scratch, y.row(split * tokens + t));
                 }
             });
-            for t in 0..tokens {
-                for kv in 0..self.heads.kv {
-                    let saved = (0..splits).map(|split| {
-                        &parts[(split * tokens + t) * parts_width + kv * row..][..row]
-                    });
-                    let y = &mut mixed.rows[t * mixed_width + kv * head_cols..][..head_cols];
-                    unit(kv, t..t + 1, 0..n_chunks).join(t, saved, y);
+            ctx.alone(|| {
+                for t in 0..tokens {
+                    for kv in 0..self.heads.kv {
+                        let saved = (0..splits).map(|split| {
+                            &parts[(split * tokens + t) * parts_width + kv * row..][..row]
+                        });
+                        let y = &mut mixed.rows[t * mixed_width + kv * head_cols..][..head_cols];
+                        unit(kv, t..t + 1, 0..n_chunks).join(t, saved, y);
+                    }
                 }
-            }
+            });
         }
         if let Some(trace) = ctx.trace {
             let rows = mixed.rows.chunks_exact(mixed_width).enumerate();
             trace.layer_part("attn_gated", mixed_width, 0, rows);
         }
-        mixed.prepare(ctx, &[&self.o_proj]);
-        project(ctx, &[&self.o_proj], mixed, true, residual);
+        mixed.prepare(norms, &[&self.o_proj]);
+        project(products, &[&self.o_proj], mixed, true, residual);
     }
 
     /// Normalises, rotates and stores the new keys and values of one head.

@@ -5,6 +5,7 @@ use super::attention::{Attention, Positions, TileScratch};
 use super::gated_delta_net::{GatedDeltaNet, UnitScratch};
 use super::linear::Input;
 use super::mlp::Mlp;
+use crate::profile::Part;
 use crate::state::LayerState;
 use std::sync::Mutex;
 
@@ -59,7 +60,7 @@ impl Block {
         scratch: &mut Scratch,
     ) {
         let Scratch { x, input, mixed, hidden, projected, parts, units, tiles } = scratch;
-        input.set_normed(ctx, x, &self.input_layernorm, self.eps);
+        input.set_normed(ctx.under(Part::Norms), x, &self.input_layernorm, self.eps);
         let before = self.trace_norm(ctx, "input_layernorm", input, x);
         match (&self.mixer, state) {
             (Mixer::Linear(mixer), LayerState::Linear(state)) => {
@@ -71,7 +72,7 @@ impl Block {
             _ => unreachable!("a state is made from the config that the layers are made from"),
         }
         self.trace_difference(ctx, "mixer", before, x);
-        input.set_normed(ctx, x, &self.post_attention_layernorm, self.eps);
+        input.set_normed(ctx.under(Part::Norms), x, &self.post_attention_layernorm, self.eps);
         let before = self.trace_norm(ctx, "post_attention_layernorm", input, x);
         self.mlp.forward(ctx, input, hidden, x);
         self.trace_difference(ctx, "mlp", before, x);

@@ -12,6 +12,7 @@ use crate::kernels::conv1d::conv1d_silu_isa;
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
 use crate::kernels::norm::{gated_rms_norm_isa, l2_norm_isa};
 use crate::pool::Tile;
+use crate::profile::Part;
 use crate::simd::{Isa, Kernel};
 use crate::state::{KeyHead, lock};
 use crate::trace::Trace;
@@ -71,18 +72,20 @@ impl GatedDeltaNet {
         residual: &mut [f32],
     ) {
         let matrices = self.projections();
-        x.prepare(ctx, &matrices);
+        let [norms, products] = [Part::Norms, Part::Matrices].map(|part| ctx.under(part));
+        let ctx = ctx.under(Part::DeltaRule);
+        x.prepare(norms, &matrices);
         let width: usize = matrices.iter().map(|m| m.width()).sum();
         let tokens = x.tokens();
         projected.resize(tokens * width, 0.0);
-        project(ctx, &matrices, x, false, projected);
+        project(products, &matrices, x, false, projected);
         self.trace_projections(ctx, width, projected);
 
         let unit_cols = self.heads.values_per_key * self.heads.d_v;
         mixed.reshape(tokens, self.heads.keys * unit_cols);
         let (mixed_width, projected) = (self.heads.keys * unit_cols, &projected[..]);
         let init = |thread: usize| lock(&units[thread]);
-        ctx.team.run_tiles(&mut mixed.rows, mixed_width, (tokens, unit_cols), init, |unit, y| {
+        ctx.run_tiles(&mut mixed.rows, mixed_width, (tokens, unit_cols), init, |unit, y| {
             let key = y.cols().start / unit_cols;
             let mut state = lock(&state[key]);
             let unit = &mut **unit;
@@ -97,8 +100,8 @@ impl GatedDeltaNet {
                 y,
             });
         });
-        mixed.prepare(ctx, &[&self.out_proj]);
-        project(ctx, &[&self.out_proj], mixed, true, residual);
+        mixed.prepare(norms, &[&self.out_proj]);
+        project(products, &[&self.out_proj], mixed, true, residual);
     }
 
     fn trace_projections(&self, ctx: Context<'_>, width: usize, projected: &[f32]) {

@@ -58,9 +58,9 @@ impl Input {
     pub fn set_normed(&mut self, ctx: Context<'_>, x: &[f32], w: &[f32], eps: f32) {
         self.reshape(x.len() / w.len(), w.len());
         if self.tokens <= FEW_TOKENS {
-            norm::rms_norm(ctx.cpu, x, w, eps, &mut self.rows);
+            ctx.alone(|| norm::rms_norm(ctx.cpu, x, w, eps, &mut self.rows));
         } else {
-            ctx.team.run_tiles(
+            ctx.run_tiles(
                 &mut self.rows,
                 w.len(),
                 (1, w.len()),
@@ -90,9 +90,11 @@ impl Input {
             out.quantize(ctx.cpu, &rows[i * tile * cols..end], cols);
         };
         if self.tokens <= FEW_TOKENS {
-            self.tiles[..n].iter_mut().enumerate().for_each(|(i, tile)| quantize(i, tile));
+            ctx.alone(|| {
+                self.tiles[..n].iter_mut().enumerate().for_each(|(i, tile)| quantize(i, tile));
+            });
         } else {
-            ctx.team.run_each(&mut self.tiles[..n], |_| (), |(), i, tile| quantize(i, tile));
+            ctx.run_each(&mut self.tiles[..n], |_| (), |(), i, tile| quantize(i, tile));
         }
     }
 
@@ -168,7 +170,7 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
     assert_eq!(y.len(), tokens * width);
     let cols = chunk_cols(ctx, matrices, tokens);
     let tile_tokens = ctx.cpu.tile_tokens();
-    ctx.team.run_tiles(
+    ctx.run_tiles(
         y,
         width,
         (tokens, cols),
@@ -209,7 +211,7 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
     let cols = (chunk_cols(ctx, &[gate, up], tokens) / 2).next_multiple_of(PANEL_ROWS);
     let tile_tokens = ctx.cpu.tile_tokens();
     let init = |_| (Vec::new(), Vec::new());
-    ctx.team.run_tiles(y, gate.rows, (tokens, cols), init, |(gates, ups), mut y| {
+    ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(gates, ups), mut y| {
         for t in (0..tokens).step_by(tile_tokens) {
             let tile = t..(t + tile_tokens).min(tokens);
             let gate_width = x.product(ctx, gate, y.cols(), tile.clone(), gates);

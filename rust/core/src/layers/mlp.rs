@@ -2,6 +2,7 @@
 
 use super::Context;
 use super::linear::{Input, Matrix, project, project_swiglu};
+use crate::profile::Part;
 
 pub struct Mlp {
     pub gate_proj: Matrix,
@@ -18,10 +19,11 @@ impl Mlp {
         hidden: &mut Input,
         residual: &mut [f32],
     ) {
-        x.prepare(ctx, &[&self.gate_proj, &self.up_proj]);
+        let (norms, ctx) = (ctx.under(Part::Norms), ctx.under(Part::Matrices));
+        x.prepare(norms, &[&self.gate_proj, &self.up_proj]);
         hidden.reshape(x.tokens(), self.gate_proj.rows);
         project_swiglu(ctx, &self.gate_proj, &self.up_proj, x, &mut hidden.rows);
-        hidden.prepare(ctx, &[&self.down_proj]);
+        hidden.prepare(norms, &[&self.down_proj]);
         project(ctx, &[&self.down_proj], hidden, true, residual);
     }
 }

@@ -12,7 +12,8 @@ pub mod head;
 pub mod linear;
 pub mod mlp;
 
-use crate::pool::Team;
+use crate::pool::{Team, Tile};
+use crate::profile::{Part, Profile};
 use crate::simd::Cpu;
 use crate::trace::Trace;
 
@@ -23,6 +24,54 @@ pub struct Context<'a> {
     pub team: &'a Team<'a>,
     /// Where intermediate values are recorded, if anybody wants them.
     pub trace: Option<&'a Trace>,
+    /// Where times are counted, if anybody wants them.
+    pub profile: Option<&'a Profile>,
+    /// What the work belongs to.
+    pub part: Part,
+}
+
+impl<'a> Context<'a> {
+    /// Records nothing and counts no time.
+    pub fn new(cpu: Cpu, team: &'a Team<'a>) -> Context<'a> {
+        Context { cpu, team, trace: None, profile: None, part: Part::Other }
+    }
+
+    /// The same for work that belongs to `part`.
+    pub fn under(self, part: Part) -> Context<'a> {
+        Context { part, ..self }
+    }
+
+    /// [`Team::run_tiles`], its time counted.
+    pub fn run_tiles<S>(
+        self,
+        matrix: &mut [f32],
+        width: usize,
+        tile: (usize, usize),
+        init: impl Fn(usize) -> S + Sync,
+        body: impl Fn(&mut S, Tile<'_>) + Sync,
+    ) {
+        let _region = self.profile.map(Profile::region);
+        let init = |thread| (init(thread), self.profile.map(|p| p.busy(self.part)));
+        self.team.run_tiles(matrix, width, tile, init, |(state, _), tile| body(state, tile));
+    }
+
+    /// [`Team::run_each`], its time counted.
+    pub fn run_each<T: Send, S>(
+        self,
+        items: &mut [T],
+        init: impl Fn(usize) -> S + Sync,
+        body: impl Fn(&mut S, usize, &mut T) + Sync,
+    ) {
+        let _region = self.profile.map(Profile::region);
+        let init = |thread| (init(thread), self.profile.map(|p| p.busy(self.part)));
+        self.team.run_each(items, init, |(state, _), index, item| body(state, index, item));
+    }
+
+    /// Work of the caller between regions, its time counted.
+    pub fn alone<T>(self, work: impl FnOnce() -> T) -> T {
+        let _clock = self.profile.map(|p| p.alone(self.part));
+        work()
+    }
 }
 
 /// Up to this many tokens the caller prepares a region's input alone; it takes less time than

@@ -11,6 +11,7 @@ use crate::layers::block::Scratch;
 use crate::layers::head::{self, Head, Screened};
 use crate::layers::linear::{Input, project};
 use crate::pool::Pool;
+use crate::profile::{Part, Profile};
 use crate::quant::{Format, Quant};
 use crate::simd::Cpu;
 use crate::state::{KV_CHUNK, KvFormat, State};
@@ -174,10 +175,16 @@ impl Model {
         self.weights.matrices().map(|m| m.bytes.len()).sum()
     }
 
+    /// Those of them that the head reads.
+    pub fn head_bytes(&self) -> usize {
+        self.weights.lm_head.bytes.len()
+    }
+
     /// Runs at most [`PIECE`] tokens and leaves the wanted rows of the last hidden state in `head`,
     /// normed and prepared for the head's matrix: see [`Model::logits`].
     ///
     /// The ids are below the vocabulary's size and the state has room for them.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn forward(
         &self,
         tokens: &[i32],
@@ -186,10 +193,11 @@ impl Model {
         head: &mut Input,
         rows: Rows,
         trace: Option<&Trace>,
+        profile: Option<&Profile>,
     ) {
         assert!(!tokens.is_empty() && tokens.len() <= PIECE);
         let team = self.pool.team();
-        let ctx = Context { cpu: self.cpu, team: &team, trace };
+        let ctx = Context { trace, profile, ..Context::new(self.cpu, &team) };
         let hidden = self.config.hidden_size;
         let past = state.tokens.len();
 
@@ -229,6 +237,7 @@ impl Model {
             Rows::None if trace.is_some() => 0,
             Rows::None => return,
         };
+        let ctx = ctx.under(Part::Head);
         head.set_normed(
             ctx,
             &scratch.x[first * hidden..],
@@ -245,9 +254,9 @@ impl Model {
     }
 
     /// Appends the logits of the rows of `head`. logits: [rows, vocab].
-    pub(crate) fn logits(&self, head: &Input, logits: &mut Vec<f32>) {
+    pub(crate) fn logits(&self, head: &Input, logits: &mut Vec<f32>, profile: Option<&Profile>) {
         let team = self.pool.team();
-        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
+        let ctx = Context { profile, ..Context::new(self.cpu, &team) }.under(Part::Head);
         let start = logits.len();
         logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
         project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);
@@ -256,7 +265,7 @@ impl Model {
     /// Some logits of the only row of `head`. ids: ascending.
     pub(crate) fn logits_of(&self, head: &Input, ids: &[usize]) -> Vec<f32> {
         let team = self.pool.team();
-        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
+        let ctx = Context::new(self.cpu, &team);
         head::score(ctx, &self.weights.lm_head, head, ids)
     }
 
@@ -269,14 +278,14 @@ impl Model {
         work: &mut Vec<f32>,
     ) -> Option<Screened> {
         let team = self.pool.team();
-        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
+        let ctx = Context::new(self.cpu, &team);
         head::screen(ctx, &self.weights.lm_head, head, (k, limit), changed, work)
     }
 
     /// One row of `head` on its own.
     pub(crate) fn head_row(&self, head: &Input, row: usize, alone: &mut Input) {
         let team = self.pool.team();
-        let ctx = Context { cpu: self.cpu, team: &team, trace: None };
+        let ctx = Context::new(self.cpu, &team);
         let hidden = self.config.hidden_size;
         alone.reshape(1, hidden);
         alone.rows.copy_from_slice(&head.rows[row * hidden..][..hidden]);
