@@ -251,7 +251,7 @@ mod tests {
             for threads in [1, 2, 3] {
                 let pool = Pool::new(threads);
                 let team = pool.team();
-                let ctx = Context { cpu, team: &team, trace: None };
+                let ctx = Context::new(cpu, &team);
                 for w in &shapes {
                     for seed in 31..35 {
                         let x = input(ctx, w, seed);
@@ -272,7 +272,7 @@ mod tests {
         let w = matrix(4000, 256);
         let pool = Pool::new(2);
         let team = pool.team();
-        let ctx = Context { cpu: Cpu::best(), team: &team, trace: None };
+        let ctx = Context::new(Cpu::best(), &team);
         let x = input(ctx, &w, 40);
         let best = screen(ctx, &w, &x, (10, w.rows), &[], &mut Vec::new()).expect("few rows");
         let row = |i: usize| best.ids[i] as usize;
@@ -298,7 +298,7 @@ mod tests {
         let w = matrix(100, 64);
         let pool = Pool::new(1);
         let team = pool.team();
-        let ctx = Context { cpu: Cpu::best(), team: &team, trace: None };
+        let ctx = Context::new(Cpu::best(), &team);
         let x = input(ctx, &w, 41);
         for (k, limit) in [(0, 100), (1, 0), (0, 0)] {
             let found = screen(ctx, &w, &x, (k, limit), &[], &mut Vec::new()).expect("no row");
@@ -320,7 +320,7 @@ mod tests {
         for cpu in Cpu::all() {
             let pool = Pool::new(2);
             let team = pool.team();
-            let ctx = Context { cpu, team: &team, trace: None };
+            let ctx = Context::new(cpu, &team);
             let w = matrix(1003, 200);
             let x = input(ctx, &w, 42);
             let mut all = vec![0.0; w.rows];
