@@ -7,8 +7,6 @@ them.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
@@ -18,15 +16,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from . import __version__, _native
+from . import __version__, _native, costs
 from .errors import ArgumentError, Error, FileAccessError
+from .profiling import Part, profile
 from .session import feed_prompt
 from .sizes import name_of, parameters
+
+
+@dataclass(slots=True)
+class PeerResult:
+    """What another program did in a test, and the ratio of both."""
+
+    program: str
+    model_type: str
+    model_size: int  # bytes of its file
+    avg_ts: float
+    stddev_ts: float
+    samples_ts: list[float]
+    ratio: float  # median over pairs of samples of our rate by theirs
+    ratio_min: float
+    ratio_max: float
 
 
 @dataclass(slots=True)
@@ -64,12 +78,13 @@ class Row:
     ceiling_ts: float | None = None  # tokens per second that the limits allow; None: not measured
     of_ceiling: float | None = None  # median over samples of the rate as a part of it
     limits: dict[str, float] | None = None  # see `measure_limits`; medians over samples
+    profile: dict[str, Part] | None = None  # see `profiling`; where the time of a stream goes
+    against: PeerResult | None = None  # another program at the same test
 
     @property
     def test(self) -> str:
         """llama-bench's name of the test."""
-        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
-        return f"{name} @ d{self.n_depth}" if self.n_depth else name
+        return Test(self.n_prompt, self.n_gen, self.n_depth).name
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +94,12 @@ class Test:
     n_prompt: int
     n_gen: int
     n_depth: int
+
+    @property
+    def name(self) -> str:
+        """llama-bench's name of it."""
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.n_depth}" if self.n_depth else name
 
 
 def tests(prompts: Iterable[int], gens: Iterable[int], depths: Iterable[int]) -> list[Test]:
@@ -91,27 +112,33 @@ def tests(prompts: Iterable[int], gens: Iterable[int], depths: Iterable[int]) ->
     ]
 
 
-class Sampler:
-    """Takes samples of one test on one model."""
+class Trial:
+    """One test on one model, to be run again and again."""
 
     def __init__(self, model: _native.Model, test: Test) -> None:
         rng = np.random.default_rng(0)
-        self._test = test
+        self.model = model
+        self.test = test
+        self.tokens = _tokens(rng, test.n_prompt or test.n_gen, model)
         self._session = model.session()
-        self._tokens = _tokens(rng, test.n_prompt or test.n_gen, model)
         if test.n_depth:
             feed_prompt(self._session, _tokens(rng, test.n_depth, model), last="none")
         self._start = self._session.snapshot()
 
+    def rewound(self) -> _native.Session:
+        """The session where the test begins."""
+        self._session.restore(self._start)
+        return self._session
+
     def sample(self) -> int:
         """Nanoseconds that the test takes now."""
-        self._session.restore(self._start)
+        session = self.rewound()
         began = time.perf_counter_ns()
-        if self._test.n_prompt:
-            feed_prompt(self._session, self._tokens)
+        if self.test.n_prompt:
+            feed_prompt(session, self.tokens)
         else:
-            for i in range(self._test.n_gen):
-                self._session.feed(self._tokens[i : i + 1], "last")
+            for i in range(self.test.n_gen):
+                session.feed(self.tokens[i : i + 1], "last")
         return time.perf_counter_ns() - began
 
 
@@ -123,44 +150,33 @@ def run(
     filename: str,
     config: dict[str, Any],
     limits: bool = False,
+    profiled: bool = False,
     against: Peer | None = None,
     on_sample: Callable[[], None] = lambda: None,
-) -> tuple[Row, PeerRow | None]:
+) -> Row:
     """Time one test: a warm-up, then `repetitions` samples.
 
     filename: names the model in the row. limits: set each sample against what the machine could
-    do at that moment, see `measure_limits`; that changes on a shared machine. against: another
-    program that is measured in turn, sample by sample. on_sample: called after each sample.
-    Returns the result, and that of the other program.
+    do at that moment, see `measure_limits`; that changes on a shared machine. profiled: then run
+    it as often again to tell where the time goes, see `profiling`. against: another program that
+    is measured in turn, sample by sample. on_sample: called after each sample.
     """
-    sampler = Sampler(model, test)
-    sampler.sample()
+    trial = Trial(model, test)
+    trial.sample()
     samples, theirs, best = [], [], []
     for _ in range(repetitions):
         if limits:
             best.append(measure_limits(model.isa, model.threads))
-        samples.append(sampler.sample())
+        samples.append(trial.sample())
         if against is not None:
             theirs.append(against.sample(test, model.threads))
         on_sample()
     row = _row(model, test, samples, filename, config, best)
-    return row, against.row(row, theirs) if against is not None else None
-
-
-@dataclass(slots=True)
-class PeerRow:
-    """Result of another program for the test of `ours`, and the ratio of both."""
-
-    ours: Row
-    program: str
-    model_type: str
-    model_size: int  # bytes of its file
-    avg_ts: float
-    stddev_ts: float
-    samples_ts: list[float]
-    ratio: float  # median over pairs of samples of our rate by theirs
-    ratio_min: float
-    ratio_max: float
+    if profiled:
+        row.profile = profile(trial, config, repetitions)
+    if against is not None:
+        row.against = against.result(row.samples_ts, theirs)
+    return row
 
 
 class Peer:
@@ -195,11 +211,10 @@ class Peer:
         except (ValueError, KeyError, StopIteration) as error:
             raise Error(f"{self._program}: its output is not llama-bench's JSON") from error
 
-    def row(self, ours: Row, rates: list[float]) -> PeerRow:
-        """The result of samples taken in turn with `ours`."""
-        ratios = [a / b for a, b in zip(ours.samples_ts, rates, strict=True)]
-        return PeerRow(
-            ours=ours,
+    def result(self, ours: list[float], rates: list[float]) -> PeerResult:
+        """The result of samples taken in turn with `ours`, both in tokens per second."""
+        ratios = [a / b for a, b in zip(ours, rates, strict=True)]
+        return PeerResult(
             program=self._program,
             model_type=str(self._about.get("model_type", "")),
             model_size=int(self._about.get("model_size", 0)),
@@ -227,10 +242,8 @@ def measure_limits(isa: str, threads: int) -> dict[str, float]:
 
 
 def bytes_per_token(model: _native.Model, depth: int) -> int:
-    """Bytes that decoding a token moves: weights once, state read and written, cache read."""
-    plan = model.memory_plan(max(depth, 1))
-    cache = plan["kv"] if depth else 0
-    return model.weight_bytes + 2 * plan["state"] + cache
+    """Bytes that decoding a token moves after `depth` others; see `costs`."""
+    return sum(costs.decode_bytes(model, depth).values())
 
 
 def ceiling(
@@ -238,25 +251,15 @@ def ceiling(
 ) -> float:
     """Tokens per second if nothing but the limits of the machine held them up.
 
-    Decoding is bound by memory, see `bytes_per_token`. Reading a prompt is bound by arithmetic:
-    two operations a weight of the layers in int8 (in f32 if they are not quantised); in f32 seven
-    for each element of the recurrent states, and four for each element of a key and a value and
-    each query head.
+    Decoding is bound by memory, reading a prompt by arithmetic, see `costs`: int8 for the
+    matrices, or f32 if they are not quantised, and f32 for the rest.
     """
     if test.n_gen:
         return limits["read_all"] / bytes_per_token(model, test.n_depth + test.n_gen // 2)
-    text = config.get("text_config", config)
-    head = text["vocab_size"] * text["hidden_size"]
-    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    trunk = parameters(config) - (head if tied else 2 * head)
-    full = text["num_hidden_layers"] // text.get("full_attention_interval", 4)
-    linear = text["num_hidden_layers"] - full
-    state = text["linear_num_value_heads"] * text["linear_key_head_dim"]
-    state *= linear * text["linear_value_head_dim"]
-    positions = test.n_depth + test.n_prompt / 2
-    attention = 4 * full * text["num_attention_heads"] * text["head_dim"] * positions
+    operations = costs.prefill_operations(config, test.n_depth + test.n_prompt / 2)
     matrices = "f32_peak" if model.quant == "none" else "int8_peak"
-    seconds = 2 * trunk / limits[matrices] + (7 * state + attention) / limits["f32_peak"]
+    seconds = operations.pop("matrices") / limits[matrices]
+    seconds += sum(operations.values()) / limits["f32_peak"]
     return float(model.threads / seconds)
 
 
@@ -309,85 +312,6 @@ def _row(
         if limits
         else None,
     )
-
-
-def format_rows(rows: Sequence[Row], form: str, peers: Sequence[PeerRow] = ()) -> str:
-    """Rows as `md`, `json`, `csv` or `jsonl`, and those of another program behind them.
-
-    csv has the fields of `Row` only, and leaves the other program out.
-    """
-    if form in ("json", "jsonl"):
-        # The other program's rows name ours by test, not whole.
-        theirs = [{**asdict(peer), "ours": peer.ours.test} for peer in peers]
-        entries = [*(asdict(row) for row in rows), *theirs]
-        if form == "json":
-            return json.dumps(entries, indent=2)
-        return "\n".join(json.dumps(entry) for entry in entries)
-    if form == "csv":
-        out = io.StringIO()
-        names = [field.name for field in fields(Row)]
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(names)
-        for row in rows:
-            writer.writerow([_cell(getattr(row, name)) for name in names])
-        return out.getvalue().rstrip("\n")
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("model", lambda row: row.model_type),
-        ("size", lambda row: _scaled(row.model_size, 2**30, "GiB", 2**20, "MiB")),
-        ("params", lambda row: _scaled(row.model_n_params, 10**9, "B", 10**6, "M")),
-        ("isa", lambda row: row.isa),
-        ("threads", lambda row: str(row.n_threads)),
-        ("kv", lambda row: row.type_k),
-        ("test", lambda row: row.test),
-        ("t/s", lambda row: f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}"),
-        ("GB/s", lambda row: f"{row.gb_per_s:.1f}" if row.gb_per_s else "-"),
-        ("peak RSS", lambda row: f"{row.peak_rss / 2**20:.0f} MiB" if row.peak_rss else "-"),
-    ]
-    if any(row.limits for row in rows):
-        columns.insert(-1, ("of ceiling", lambda row: f"{row.of_ceiling or 0:.2f}"))
-    lines = ["| " + " | ".join(name for name, _ in columns) + " |"]
-    lines.append("|" + "|".join(" --- " for _ in columns) + "|")
-    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
-    known = {(row.isa, row.n_threads): row.limits for row in rows if row.limits}
-    if known:
-        lines.append("")
-    for (isa, threads), limits in known.items():
-        lines.append(
-            f"limits, {isa}, {threads} threads: memory {limits['read_one'] / 1e9:.1f} GB/s with "
-            f"one thread and {limits['read_all'] / 1e9:.1f} with all, int8 "
-            f"{limits['int8_peak'] / 1e9:.0f} and f32 {limits['f32_peak'] / 1e9:.0f} Gop/s a thread"
-        )
-    if peers:
-        lines += ["", format_peer_rows(peers)]
-    return "\n".join(lines)
-
-
-def _scaled(value: int, large: int, unit: str, small: int, small_unit: str) -> str:
-    """As llama-bench writes it, in the smaller unit below one tenth of the larger."""
-    if value >= large / 10:
-        return f"{value / large:.2f} {unit}"
-    return f"{value / small:.2f} {small_unit}"
-
-
-def format_peer_rows(rows: Sequence[PeerRow]) -> str:
-    """A Markdown table of both programs and their ratio, a test a line."""
-    lines = [
-        "| test | threads | ours | t/s | theirs | t/s | ours / theirs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        ours = row.ours
-        lines.append(
-            f"| {ours.test} | {ours.n_threads} | {ours.model_type} "
-            f"| {ours.avg_ts:.2f} ± {ours.stddev_ts:.2f} | {row.model_type} "
-            f"| {row.avg_ts:.2f} ± {row.stddev_ts:.2f} "
-            f"| {row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f}) |"
-        )
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
 def cpu_name() -> str:

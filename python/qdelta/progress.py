@@ -44,3 +44,51 @@ def byte_bar(text: str, progress: bool | None) -> Iterator[Callable[[int, int], 
     ) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class StepBar:
+    """A bar of steps on standard error, if it is wanted; to be entered."""
+
+    def __init__(self, steps: int, progress: bool | None = None) -> None:
+        self._steps = steps
+        self._wanted = wanted(progress)
+
+    def __enter__(self) -> StepBar:
+        if self._wanted:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=False,  # results go where standard output goes
+            )
+            self._task = self._bar.add_task("", total=self._steps)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._wanted:
+            self._bar.stop()
+
+    def describe(self, text: str) -> None:
+        """Say what is being done."""
+        if self._wanted:
+            self._bar.update(self._task, description=text)
+
+    def step(self) -> None:
+        if self._wanted:
+            self._bar.advance(self._task)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Out of the way while something is written to the terminal."""
+        if self._wanted:
+            self._bar.stop()
+        yield
+        if self._wanted:
+            self._bar.start()

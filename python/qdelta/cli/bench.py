@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from ..bench import Row
+    from ..progress import StepBar
+    from ..report import Report
 
 
 def counts(text: str) -> list[int]:
@@ -69,10 +76,25 @@ def counts(text: str) -> list[int]:
 @click.option("--kv", type=click.Choice(["auto", "f16", "f32", "q8"]), default="auto")
 @click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
 @click.option("--limits", is_flag=True, help="Set results against what the machine could do.")
+@click.option("--profile", is_flag=True, help="Tell where the time goes, part by part.")
 @click.option(
     "--against", metavar="PROGRAM", help="Measure llama-bench (of llama.cpp or a fork) in turn."
 )
 @click.option("--against-model", metavar="FILE", help="Its GGUF file.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Draw the results as .svg or .png (pip install 'qdelta[plot]').",
+)
+@click.option(
+    "--from",
+    "saved",
+    type=click.Path(exists=True, dir_okay=False),
+    multiple=True,
+    metavar="FILE",
+    help="Results of -o json to draw, with those of this run if there is one; may be repeated.",
+)
 @click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
 @click.option("--offline", is_flag=True, help="Touch no network.")
 def bench(
@@ -88,25 +110,60 @@ def bench(
     kv: str,
     isa: str | None,
     limits: bool,
+    profile: bool,
     against: str | None,
     against_model: str | None,
+    plot: str | None,
+    saved: tuple[str, ...],
     cache: str | None,
     offline: bool,
 ) -> None:
     """Measure speed: prefill (pp) and decode (tg) apart, with llama-bench's names.
 
-    Samples follow a warm-up; a rate is the mean over samples, ± their standard deviation.
-    With --against the samples of both programs alternate, and the ratio is the median over pairs.
+    Samples follow a warm-up; a rate is the mean over samples, ± their standard deviation. Rows
+    come as they are done, JSON at the end; after Ctrl-C what was measured is kept.
 
     \b
       qdelta bench --synthetic 0.8B
-      qdelta bench Qwen/Qwen3.5-4B -p 512,4096 -n 64 -d 0,16384 -t 1,2 -o json
+      qdelta bench Qwen/Qwen3.5-4B -p 512,4096 -n 64 -d 0,16384 -t 1,2 -o json > 4b.json
+
+    --limits measures memory and arithmetic of the machine before each sample, and shows the rate
+    as a part of what they allow. --profile runs each test as the stream a user gets, and shows
+    which part of the model, the sampler or Python the time goes to. With --against the samples of
+    both programs alternate, and the ratio is the median over pairs.
+
+    \b
+      qdelta bench --synthetic 0.8B --limits --profile
       qdelta bench --synthetic 4B --against ./llama-bench --against-model qwen3.5-4b-q4_0.gguf
+
+    --plot draws what the results hold: rates against depth (several -d), parts of the ceiling
+    (--limits), both programs (--against), profiles. It also draws saved results.
+
+    \b
+      qdelta bench --synthetic 0.8B -d 0,4096,16384 --plot depth.svg
+      qdelta bench --plot sizes.png --from 0.8b.json --from 4b.json
     """
     from .. import bench as benchmark
-    from ..progress import wanted
+    from .. import plots
+    from ..errors import ArgumentError
+    from ..progress import StepBar
+    from ..report import Csv, Json, JsonLines, Markdown, read_rows
     from ..source import locate
 
+    if saved and plot is None:
+        raise click.UsageError("--from is for --plot")
+    if plot is not None:
+        try:
+            plots.check(plot)
+        except ArgumentError as error:
+            raise click.UsageError(f"--plot: {error}") from None
+    rows = [row for file in saved for row in read_rows(file)]
+    if saved and model_name is None and synthetic is None:
+        if not rows:
+            raise click.UsageError("--from: no results in " + ", ".join(saved))
+        assert plot is not None
+        plots.plot(rows, plot)
+        return
     if (model_name is None) == (synthetic is None):
         raise click.UsageError("give a MODEL or --synthetic, one of them")
     cases = benchmark.tests(n_prompt, n_gen, n_depth)
@@ -119,11 +176,11 @@ def bench(
         raise click.UsageError("--against and --against-model go together")
     peer = benchmark.Peer(against, against_model) if against and against_model else None
     path = locate(model_name, offline=offline, cache=cache, progress=None) if model_name else None
-    rows, peer_rows = [], []
-    total = len(cases) * len(thread_counts) * repetitions
-    with click.progressbar(
-        length=total, label="Measuring", file=sys.stderr, hidden=not wanted(None)
-    ) as bar:
+    reports: dict[str, Report] = {
+        "md": Markdown(limits=limits), "json": Json(), "jsonl": JsonLines(), "csv": Csv(),
+    }  # fmt: skip
+    report = reports[output]
+    with _kept(rows, report, plot), StepBar(len(cases) * len(thread_counts) * repetitions) as bar:
         for count in thread_counts:
             if synthetic:
                 model, config = benchmark.load_synthetic(
@@ -134,20 +191,41 @@ def bench(
                 model, config = benchmark.load_file(
                     path, quant=quant, cache=cache, threads=count, kv=kv, isa=isa
                 )
-            name = model_name or f"synthetic {synthetic}"
             for case in cases:
-                row, peer_row = benchmark.run(
+                bar.describe(f"{case.name}, {model.threads} threads")
+                row = benchmark.run(
                     model,
                     case,
                     repetitions=repetitions,
-                    filename=name,
+                    filename=model_name or f"synthetic {synthetic}",
                     config=config,
                     limits=limits,
+                    profiled=profile,
                     against=peer,
-                    on_sample=lambda: bar.update(1),
+                    on_sample=bar.step,
                 )
                 rows.append(row)
-                if peer_row is not None:
-                    peer_rows.append(peer_row)
+                _say(report.add(row), bar)
             del model
-    click.echo(benchmark.format_rows(rows, output, peer_rows))
+
+
+@contextmanager
+def _kept(rows: list[Row], report: Report, plot: str | None) -> Iterator[None]:
+    """Finish report and plot of the rows there are when the block ends, in whatever way."""
+    from .. import plots
+
+    n_saved = len(rows)
+    try:
+        yield
+    finally:
+        if len(rows) > n_saved:
+            _say(report.end())
+            if plot is not None:
+                plots.plot(rows, plot)
+
+
+def _say(text: str, bar: StepBar | None = None) -> None:
+    if not text:
+        return
+    with bar.hidden() if bar else nullcontext():
+        click.echo(text)

@@ -1,0 +1,43 @@
+"""What a token costs by part of the model: bytes to move, operations to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .sizes import parameters
+
+if TYPE_CHECKING:
+    from . import _native
+
+
+def decode_bytes(model: _native.Model, depth: int) -> dict[str, int]:
+    """Bytes that a token moves after `depth` others: weights once, state read and written, cache
+    read."""
+    plan = model.memory_plan(max(depth, 1))
+    return {
+        "matrices": model.weight_bytes - model.head_bytes,
+        "delta_rule": 2 * plan["state"],
+        "attention": plan["kv"] if depth else 0,
+        "head": model.head_bytes,
+    }
+
+
+def prefill_operations(config: dict[str, Any], positions: float) -> dict[str, float]:
+    """Operations of a prompt's token that attends to `positions`, a product and a sum two.
+
+    Two for a weight of the layers; seven for each element of the recurrent states; four for each
+    position and each element of a query head, in key and value. The head reads the last token
+    only, which is not counted.
+    """
+    text = config.get("text_config", config)
+    head = text["vocab_size"] * text["hidden_size"]
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    full = text["num_hidden_layers"] // text.get("full_attention_interval", 4)
+    linear = text["num_hidden_layers"] - full
+    state = text["linear_num_value_heads"] * text["linear_key_head_dim"]
+    state *= linear * text["linear_value_head_dim"]
+    return {
+        "matrices": 2 * (parameters(config) - (head if tied else 2 * head)),
+        "delta_rule": 7 * state,
+        "attention": 4 * full * text["num_attention_heads"] * text["head_dim"] * positions,
+    }
