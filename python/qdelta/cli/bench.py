@@ -62,7 +62,14 @@ def counts(text: str) -> list[int]:
 @click.option(
     "-t", "--threads", type=counts, metavar="N,N,...", help="Threads; default: one per core."
 )
-@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Samples of each test.",
+)
 @click.option(
     "-o",
     "--output",
