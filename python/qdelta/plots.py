@@ -142,9 +142,14 @@ def _depth_panel(title: str, lines: dict[str, list[Row]]) -> Panel:
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}".replace(",", " "))
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        _legend(ax)
 
     return Panel(2.8, draw)
+
+
+def _legend(ax: Axes) -> None:
+    """A legend beside the axes, where it hides nothing."""
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _bars(ax: Axes, names: Sequence[str], *, bars: int = 1) -> list[list[float]]:
@@ -195,7 +200,7 @@ def _against_panel(title: str, rows: Sequence[Row]) -> Panel:
         ax.set_xlabel("tokens per second (ratio: median over pairs, least to most)")
         # Room for the text behind the longest bar.
         ax.set_xlim(0, 1.9 * max(max(row.avg_ts, other.avg_ts) for row, other in pairs))
-        ax.legend(fontsize=8, loc="lower right", frameon=False)
+        _legend(ax)
 
     return Panel(_bars_height(len(rows), 2) + 0.3, draw)
 
@@ -234,6 +239,6 @@ def _profile_panel(rows: Sequence[Row]) -> Panel:
         ax.set_title("Where the time goes", loc="left")
         ax.set_xlabel("% of the time of a stream")
         ax.set_xlim(0, 100)
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        _legend(ax)
 
     return Panel(max(2.4, _bars_height(len(rows))), draw)

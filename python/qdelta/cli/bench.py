@@ -199,7 +199,7 @@ def bench(
                     path, quant=quant, cache=cache, threads=count, kv=kv, isa=isa
                 )
             for case in cases:
-                bar.describe(f"{case.name}, {model.threads} threads")
+                bar.describe(f"{case.name} -t {model.threads}")
                 row = benchmark.run(
                     model,
                     case,
