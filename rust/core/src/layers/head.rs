@@ -113,7 +113,7 @@ pub fn score(ctx: Context<'_>, w: &Matrix, x: &Input, rows: &[usize]) -> Vec<f32
     if panels.is_empty() {
         return y;
     }
-    ctx.team.run_tiles(
+    ctx.run_tiles(
         &mut y,
         PANEL_ROWS,
         (CHUNK_PANELS, PANEL_ROWS),
@@ -169,7 +169,7 @@ fn estimate(ctx: Context<'_>, w: &Matrix, x: &Input, out: &mut Vec<f32>) {
     assert_eq!((w.format, x.tokens()), (Format::W8Planes, 1));
     out.resize(2 * w.rows, 0.0);
     let matrix = Planes::new(&w.bytes);
-    ctx.team.run_tiles(
+    ctx.run_tiles(
         out,
         w.rows,
         (2, chunk_cols(ctx, &[w], 1)),
