@@ -45,7 +45,7 @@ impl Packed for W4 {
     ) -> [S::I; M] {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let (x, _) = x.as_chunks();
-        s.dot_nibbles_group(&codes[g], &x[g], sums.map(|sum| -ZERO * sum))
+        s.dot_nibbles_group(&codes[g], ZERO, &x[g], sums)
     }
 
     #[inline(always)]

@@ -42,7 +42,7 @@ impl Packed for W8 {
     ) -> [S::I; M] {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let (x, _) = x.as_chunks();
-        s.dot_bytes_group(&codes[g], &x[g], sums.map(|sum| -S::BYTE_BIAS * sum))
+        s.dot_bytes_group(&codes[g], &x[g], sums)
     }
 
     #[inline(always)]

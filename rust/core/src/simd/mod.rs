@@ -114,20 +114,21 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
     fn prefetch(self, x: &[u8], at: usize);
 
-    /// Dot products of 32 columns with M tokens: `start` + sum of codes x, codes up to 15.
+    /// Dot products of 32 columns with M tokens: sum of (code - zero) x, codes up to 15.
     ///
     /// codes: eight columns each, of which the low nibbles have the first four and the high ones
-    /// the next; x: four columns each, tokens innermost.
+    /// the next; x: four columns each, tokens innermost; sums: the sum of each token's x.
     #[inline(always)]
     fn dot_nibbles_group<const M: usize>(
         self,
         codes: &[[u8; 4 * LANES]; 4],
+        zero: i32,
         x: &[[[i8; 4]; M]; 8],
-        start: [i32; M],
+        sums: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::nibbles(self, codes, x, start)
+        each_token::nibbles(self, codes, zero, x, sums)
     }
-    /// As `dot_nibbles_group` for codes of a byte: start + sum of (code - 128 + BYTE_BIAS) x.
+    /// As `dot_nibbles_group` for codes of a byte: sum of (code - 128) x.
     ///
     /// codes, x: four columns each.
     #[inline(always)]
@@ -135,14 +136,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
         self,
         codes: &[[u8; 4 * LANES]; 8],
         x: &[[[i8; 4]; M]; 8],
-        start: [i32; M],
+        sums: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::bytes(self, codes, x, start)
+        each_token::bytes(self, codes, x, sums)
     }
     /// As `dot_bytes_group` for codes whose halves lie apart, in the order of
     /// `dot_nibbles_group`: sum of (code - 128) x.
-    ///
-    /// sums: the sum of each token's x.
     #[inline(always)]
     fn dot_planes_group<const M: usize>(
         self,
@@ -163,8 +162,9 @@ mod each_token {
     pub fn nibbles<S: Isa, const M: usize>(
         s: S,
         codes: &[[u8; 4 * LANES]; 4],
+        zero: i32,
         x: &[[[i8; 4]; M]; 8],
-        start: [i32; M],
+        sums: &[i32; M],
     ) -> [S::I; M] {
         let mut acc = [s.zero_nibbles(); M];
         for t in 0..4 {
@@ -177,7 +177,7 @@ mod each_token {
         }
         let mut out = [s.splat_i32(0); M];
         for m in 0..M {
-            out[m] = s.end_nibbles(acc[m], start[m]);
+            out[m] = s.end_nibbles(acc[m], -zero * sums[m]);
         }
         out
     }
@@ -187,11 +187,11 @@ mod each_token {
         s: S,
         codes: &[[u8; 4 * LANES]; 8],
         x: &[[[i8; 4]; M]; 8],
-        start: [i32; M],
+        sums: &[i32; M],
     ) -> [S::I; M] {
         let mut acc = [s.splat_i32(0); M];
         for m in 0..M {
-            acc[m] = s.splat_i32(start[m]);
+            acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
         }
         for t in 0..8 {
             let w = s.load_bytes(&codes[t]);
