@@ -89,7 +89,7 @@ impl<P: Packed> Kernel for PackedProduct<'_, P> {
                 }
             };
         }
-        tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+        tiles!(1 2 3 4 5 6 7 8 9 10 11 12)
     }
 }
 
