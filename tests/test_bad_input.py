@@ -42,6 +42,13 @@ def test_prompts_of_other_kinds(model, prompt):
             call(prompt)
 
 
+@pytest.mark.parametrize("name", ["ctx", "threads"])
+@pytest.mark.parametrize("value", [0, -1, 10**30, 1.5, True, "2"], ids=str)
+def test_numbers_of_a_load(name, value):
+    with pytest.raises(qdelta.ArgumentError, match=f"^{name} is .*, expected 1"):
+        qdelta.load("demo", quant="none", progress=False, **{name: value})
+
+
 @pytest.mark.parametrize("id", [4096, 100_000, 2**31 - 1])
 def test_ids_beyond_the_vocabulary(model, id):
     for call in (model.generate, model.logits):

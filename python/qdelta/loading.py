@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import numbers
 import time
 from pathlib import Path
 from typing import Any
 
 from . import _native, weights
+from .errors import ArgumentError
 from .llm import Model
 from .options import canonical
 from .source import locate, tokenizer_files
@@ -98,6 +100,8 @@ def _load(
     progress: bool | None,
 ) -> Model:
     started = time.perf_counter()
+    _check_count("ctx", ctx)
+    _check_count("threads", threads)
     path = locate(model, offline=offline, cache=cache, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)
@@ -111,3 +115,10 @@ def _load(
         generation_config=parse_json(files, "generation_config.json"),
         load_s=time.perf_counter() - started,
     )
+
+
+def _check_count(name: str, count: Any) -> None:
+    """Raises ArgumentError for what is no number of 1 to 2^31 - 1, and not None."""
+    whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+    if count is not None and not (whole and 0 < count < 2**31):
+        raise ArgumentError(f"{name} is {count!r}, expected 1 or more")

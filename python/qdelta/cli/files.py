@@ -28,7 +28,9 @@ T = TypeVar("T")
     help="Bits of a weight: about 4.5 or 8.5.",
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all cores.")
+@click.option(
+    "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all processors."
+)
 @click.option("--offline", is_flag=True, help="Touch no network.")
 def convert(model_name: str, quant: str, out: str, threads: int | None, offline: bool) -> None:
     """Convert a checkpoint to one file that loads at once and needs nothing else.
