@@ -4,7 +4,7 @@
 //! saturates. Codes up to 15 leave room for a whole group: 16 * 2 * 15 * 127 / 2 = 30 480 after
 //! eight steps. Larger codes are widened at once, as |w| and x with the sign of w.
 
-use super::{Isa, Kernel, LANES, each_token};
+use super::{Isa, Kernel, LANES, StackLine, each_token};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
@@ -25,6 +25,7 @@ impl<const VNNI: bool> Avx2<VNNI> {
 /// The CPU must have the features named: holding an [`Avx2`] proves it.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn enter<K: Kernel>(s: Avx2<false>, kernel: K) -> K::Output {
+    std::hint::black_box(&mut StackLine(0));
     kernel.run(s)
 }
 
@@ -32,6 +33,7 @@ unsafe fn enter<K: Kernel>(s: Avx2<false>, kernel: K) -> K::Output {
 /// The CPU must have the features named: holding an [`Avx2`] with VNNI proves it.
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 unsafe fn enter_vnni<K: Kernel>(s: Avx2<true>, kernel: K) -> K::Output {
+    std::hint::black_box(&mut StackLine(0));
     kernel.run(s)
 }
 

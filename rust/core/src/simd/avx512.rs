@@ -1,6 +1,6 @@
 //! AVX-512 with VNNI: a vector is one register, a panel of 16 rows fills it.
 
-use super::{Isa, Kernel, LANES};
+use super::{Isa, Kernel, LANES, StackLine};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI.
@@ -25,6 +25,7 @@ impl Avx512 {
 /// The CPU must have the features named: holding an [`Avx512`] proves it.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn enter<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+    std::hint::black_box(&mut StackLine(0));
     kernel.run(s)
 }
 
