@@ -17,8 +17,8 @@ use std::marker::PhantomData;
 
 /// Bytes that the weights are asked for ahead of their use, where the arithmetic of many tokens
 /// hides it. With up to three tokens the hardware does better alone.
-const PREFETCH_AHEAD: usize = 4096;
-const PREFETCH_TOKENS: usize = 6;
+pub(super) const PREFETCH_AHEAD: usize = 4096;
+pub(super) const PREFETCH_TOKENS: usize = 6;
 
 /// Product of whole panels of a packed matrix with the tokens of a tile.
 ///

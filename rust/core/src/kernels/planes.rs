@@ -13,15 +13,12 @@
 //!
 //! which needs no more than the scales of the high plane.
 
+use super::matmul::{PREFETCH_AHEAD, PREFETCH_TOKENS};
 use super::quantize::QuantTile;
 use crate::quant::w4::W4;
 use crate::quant::w8_planes::{self, HIGH_BYTES, LOW_BYTES, Planes};
 use crate::quant::{BLOCK, PANEL_ROWS, Packed};
 use crate::simd::{Cpu, Isa, Kernel};
-
-/// As in [`super::matmul`].
-const PREFETCH_AHEAD: usize = 4096;
-const PREFETCH_TOKENS: usize = 6;
 
 /// Values of a high nibble's step, and the middle of the low nibble.
 const STEP: f32 = 16.0;
