@@ -123,7 +123,7 @@ fn plan<'a>(
             Storage::AsIs => (tensor.dtype, Part::AsIs { spec, tensor }),
         };
         let shape = spec.stored_shape(quant);
-        let bytes = shape.iter().product::<usize>() * dtype.size();
+        let bytes = dtype.bytes(shape.iter().product());
         items.push(Item { name: spec.stored_name(quant), dtype, shape, bytes });
         parts.push(part);
     }

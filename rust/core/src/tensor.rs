@@ -1,7 +1,7 @@
 //! Dtypes, shapes, and bytes that keep their owner alive.
 
 use crate::error::{Error, Result};
-use crate::quant::Format;
+use crate::quant::{BlockType, Format};
 use half::{bf16, f16};
 use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
@@ -14,35 +14,40 @@ pub enum Dtype {
     F16,
     F32,
     U8,
+    /// Blocks of a GGUF file.
+    Blocks(BlockType),
 }
 
 impl Dtype {
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
+    /// Bytes of `elements` elements; of blocks there must be a whole number.
+    pub fn bytes(self, elements: usize) -> usize {
         match self {
-            Dtype::Bf16 | Dtype::F16 => 2,
-            Dtype::F32 => 4,
-            Dtype::U8 => 1,
+            Dtype::Bf16 | Dtype::F16 => 2 * elements,
+            Dtype::F32 => 4 * elements,
+            Dtype::U8 => elements,
+            Dtype::Blocks(block) => block.row_bytes(elements),
         }
     }
 
-    /// As safetensors spells it.
+    /// As safetensors or GGUF tools spell it.
     pub fn name(self) -> &'static str {
         match self {
             Dtype::Bf16 => "BF16",
             Dtype::F16 => "F16",
             Dtype::F32 => "F32",
             Dtype::U8 => "U8",
+            Dtype::Blocks(block) => block.name(),
         }
     }
 
-    /// The matrix format of these elements, if they are floats.
+    /// The matrix format of these elements, if they are numbers.
     pub fn format(self) -> Option<Format> {
         match self {
             Dtype::Bf16 => Some(Format::Bf16),
             Dtype::F16 => Some(Format::F16),
             Dtype::F32 => Some(Format::F32),
             Dtype::U8 => None,
+            Dtype::Blocks(block) => Some(Format::Blocks(block)),
         }
     }
 }
@@ -142,7 +147,7 @@ pub struct Tensor {
 impl Tensor {
     /// Number of elements. The shape was checked against the bytes when the tensor was made.
     pub fn elements(&self) -> usize {
-        self.bytes.len() / self.dtype.size()
+        self.shape.iter().product()
     }
 
     /// The elements as f32. Panics if they are no floats.

@@ -8,6 +8,7 @@
 //! high and the low half of W8 codes apart.
 
 pub mod float;
+pub mod ggml;
 mod scale_search;
 pub mod w4;
 pub mod w8;
@@ -18,6 +19,8 @@ use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
+
+pub use ggml::BlockType;
 
 /// Output rows of a panel.
 pub const PANEL_ROWS: usize = LANES;
@@ -69,6 +72,8 @@ pub enum Format {
     W8,
     W8Planes,
     W4,
+    /// Rows of blocks as a GGUF file has them.
+    Blocks(BlockType),
 }
 
 impl Format {
@@ -87,6 +92,7 @@ impl Format {
             Format::W8 => "w8",
             Format::W8Planes => "w8_planes",
             Format::W4 => "w4",
+            Format::Blocks(block) => block.format_name(),
         }
     }
 
@@ -96,6 +102,7 @@ impl Format {
             Format::Bf16 | Format::F16 => 2 * rows * cols,
             Format::F32 => 4 * rows * cols,
             Format::W8 | Format::W8Planes | Format::W4 => packed_bytes(self, rows, cols),
+            Format::Blocks(block) => rows * block.row_bytes(cols),
         }
     }
 
