@@ -58,19 +58,36 @@ impl Checkpoint {
     }
 }
 
-/// Writes a converted file.
+/// A file that travels along in a converted one: a path, or its content.
+#[derive(FromPyObject)]
+pub enum Attachment {
+    Content(Vec<u8>),
+    Path(PathBuf),
+}
+
+/// Writes a converted file, or makes one in memory and opens it if `out` is None.
 #[pyfunction]
 #[pyo3(signature = (source, out, *, quant, attachments, threads=None, progress=None))]
 pub fn convert(
     py: Python<'_>,
     source: &Checkpoint,
-    out: PathBuf,
+    out: Option<PathBuf>,
     quant: &str,
-    attachments: Vec<(String, PathBuf)>,
+    attachments: Vec<(String, Attachment)>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
-) -> PyResult<()> {
+) -> PyResult<Option<Checkpoint>> {
     let quant = quant.parse().map_err(|error| exception(py, error))?;
+    let attachments: Vec<_> = attachments
+        .into_iter()
+        .map(|(name, attachment)| {
+            let attachment = match attachment {
+                Attachment::Content(content) => core_convert::Attachment::Content(content),
+                Attachment::Path(path) => core_convert::Attachment::Path(path),
+            };
+            (name, attachment)
+        })
+        .collect();
     // Python is asked this often whether to stop, and told how far the work is.
     const INTERVAL: Duration = Duration::from_millis(50);
     let mut last = Instant::now();
@@ -88,11 +105,19 @@ pub fn convert(
         raised.is_none()
     };
     let result = py.detach(|| {
-        core_convert::convert(&source.inner, quant, &out, &attachments, threads, &mut report)
+        let attachments = &attachments;
+        let job = core_convert::Job { source: &source.inner, quant, attachments, threads };
+        let Some(out) = out else {
+            let bytes = job.to_memory(&mut report)?;
+            let name = source.inner.name().to_owned();
+            return checkpoint::Checkpoint::open_converted(bytes, name).map(Some);
+        };
+        job.to_file(&out, &mut report).map(|()| None)
     });
     match (result, raised) {
         (Err(Error::Interrupted), Some(raised)) => Err(raised),
-        (result, _) => result.map_err(|error| exception(py, error)),
+        (Ok(opened), _) => Ok(opened.map(|inner| Checkpoint { inner: Arc::new(inner) })),
+        (Err(error), _) => Err(exception(py, error)),
     }
 }
 

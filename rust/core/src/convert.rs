@@ -1,18 +1,21 @@
-//! Converts a checkpoint: its matrices in the panels that the kernels read, in one file.
+//! Converts a checkpoint: its matrices in the panels that the kernels read, in one file or in memory.
 //!
 //! The file is described in [`crate::files::container`], the choice of formats in
-//! [`crate::model::tensors`]. Work goes tensor by tensor in slabs of panels, so that memory holds
+//! [`crate::model::recipe`]. Floats are quantised; the blocks of a GGUF file are re-ordered and keep
+//! their numbers. Work goes tensor by tensor in slabs of panels, so that memory holds
 //! one slab, whatever the size of the model. The same source gives the same bytes for any number
 //! of threads.
 
 use crate::error::{Error, Result};
 use crate::files::container::{self, Info, Item, Layout};
 use crate::files::mmap::Mapping;
-use crate::files::{file_name, stat};
+use crate::files::{Convention, file_name, stat};
 use crate::model::checkpoint::Checkpoint;
-use crate::model::tensors::{Storage, TensorSpec};
+use crate::model::recipe::{self, Storage};
+use crate::model::tensors::TensorSpec;
+use crate::quant::reorder::reorder_panel_to;
 use crate::quant::{Format, PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
-use crate::tensor::{Dtype, Tensor, widen};
+use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor, widen};
 use crate::threads;
 use rayon::ThreadPool;
 use rayon::prelude::*;
@@ -31,85 +34,118 @@ const LARGEST: f32 = 65504.0;
 /// Told done and total bytes of output; false stops the work.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 
-/// Writes a checkpoint to `out` with its matrices in the format `quant`.
-///
-/// attachments: files that travel along, by the name under which they are found again. threads: 1
-/// to 1024, or rayon's own choice if None. The file appears at `out` only when it is whole; one that was
-/// converted before is replaced, anything else there is an error. If `progress` returns false, the
-/// result is [`Error::Interrupted`]; it is called on the caller's thread.
-pub fn convert(
-    source: &Checkpoint,
-    quant: Quant,
-    out: &Path,
-    attachments: &[(String, PathBuf)],
-    threads: Option<usize>,
-    progress: &mut Progress,
-) -> Result<()> {
-    if source.quant != Quant::None {
-        return Err(Error::Argument(format!(
-            "the source is already converted ({}), expected a checkpoint folder",
-            source.quant
-        )));
-    }
-    if quant == Quant::None {
-        return Err(Error::Argument("quant is `none`, expected w8 or w4".to_owned()));
-    }
-    check_replaceable(out)?;
-    // Before a long work that would end in the same error.
-    source.check_values()?;
-    let (items, parts) = plan(source, quant, attachments)?;
-    let info =
-        Info { quant, config_json: source.config_json.clone(), sources: source.sources().to_vec() };
-    let layout = info.layout(&items);
-    let pool = threads.map(thread_pool).transpose()?;
+/// What to convert a checkpoint to.
+pub struct Job<'a> {
+    pub source: &'a Checkpoint,
+    pub quant: Quant,
+    /// Files that travel along, by the name under which they are found again.
+    pub attachments: &'a [(String, Attachment)],
+    /// 1 to 1024, or rayon's own choice if None.
+    pub threads: Option<usize>,
+}
 
-    let (file, temporary) = Temporary::create(out)?;
-    let mut writer = Writer {
-        file,
-        path: &temporary.path,
-        hasher: blake3::Hasher::new(),
-        done: 0,
-        total: layout.data_bytes as u64,
-        progress,
-    };
-    writer.step(0)?;
-    writer.file.write_all(&layout.header).map_err(|e| writer.error(e))?;
-    for ((part, item), padding) in parts.iter().zip(&items).zip(&layout.padding) {
-        match part {
-            Part::Packed { spec, tensor, format } => {
-                write_packed(&mut writer, source, (spec, tensor), *format, pool.as_ref())?;
-            }
-            Part::Floats { name } => {
-                let values = source.floats(name)?;
-                let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-                writer.put(&bytes)?;
-            }
-            Part::AsIs { spec, tensor } => {
-                check_rows(source, spec, tensor, f32::MAX)?;
-                writer.put_slabs(&tensor.bytes)?;
-                source.release(&tensor.bytes);
-            }
-            Part::File { path } => writer.put_file(path, item.bytes as u64)?,
-        }
-        writer.put(&vec![0; *padding])?;
+/// A file that travels along.
+pub enum Attachment {
+    /// Copied when its turn comes.
+    Path(PathBuf),
+    Content(Vec<u8>),
+}
+
+impl Job<'_> {
+    /// Writes the converted file to `out`.
+    ///
+    /// It appears there only when it is whole; one that was converted before is replaced, anything
+    /// else there is an error. If `progress` returns false, the result is [`Error::Interrupted`]; it
+    /// is called on the caller's thread.
+    pub fn to_file(&self, out: &Path, progress: &mut Progress) -> Result<()> {
+        self.check()?;
+        check_replaceable(out)?;
+        let (file, temporary) = Temporary::create(out)?;
+        self.write(FileSink { file, path: temporary.path.clone() }, progress)?;
+        self.source.check_unchanged()?;
+        temporary.rename(out)
     }
-    writer.finish(&layout)?;
-    source.check_unchanged()?;
-    temporary.rename(out)
+
+    /// The bytes of the converted file.
+    pub fn to_memory(&self, progress: &mut Progress) -> Result<Bytes> {
+        self.check()?;
+        let sink = self.write(MemorySink::default(), progress)?;
+        self.source.check_unchanged()?;
+        Ok(sink.bytes.into())
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.source.quant != Quant::None {
+            return Err(Error::Argument(format!(
+                "the source is already converted ({}), expected a checkpoint folder or a GGUF file",
+                self.source.quant
+            )));
+        }
+        let gguf = self.source.convention == Convention::Gguf;
+        if self.quant == Quant::None || self.quant == Quant::Gguf && !gguf {
+            let own = if gguf { "gguf, " } else { "" };
+            return Err(Error::Argument(format!(
+                "quant is `{}`, expected {own}w8 or w4",
+                self.quant
+            )));
+        }
+        // Before a long work that would end in the same error.
+        self.source.check_values()
+    }
+
+    fn write<S: Sink>(&self, sink: S, progress: &mut Progress) -> Result<S> {
+        let source = self.source;
+        let (items, parts) = plan(source, self.quant, self.attachments)?;
+        let info = Info {
+            quant: self.quant,
+            convention: source.convention,
+            config_json: source.config_json.clone(),
+            sources: source.sources().to_vec(),
+        };
+        let layout = info.layout(&items);
+        let pool = self.threads.map(thread_pool).transpose()?;
+        let total = layout.data_bytes as u64;
+        let hasher = blake3::Hasher::new();
+        let mut writer = Writer { sink, hasher, done: 0, total, progress };
+        writer.sink.reserve(layout.header.len() + layout.data_bytes)?;
+        writer.step(0)?;
+        writer.sink.write(&layout.header)?;
+        for ((part, item), padding) in parts.iter().zip(&items).zip(&layout.padding) {
+            match part {
+                Part::Coded { spec, tensor, format } => {
+                    write_coded(&mut writer, source, (spec, tensor), *format, pool.as_ref())?;
+                }
+                Part::Floats { name } => {
+                    let values = source.floats(name)?;
+                    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+                    writer.put(&bytes)?;
+                }
+                Part::AsIs { spec, tensor } => {
+                    check_rows(source, spec, tensor, f32::MAX)?;
+                    writer.put_slabs(&tensor.bytes)?;
+                    source.release(&tensor.bytes);
+                }
+                Part::File(Attachment::Path(path)) => writer.put_file(path, item.bytes as u64)?,
+                Part::File(Attachment::Content(content)) => writer.put(content)?,
+            }
+            writer.put(&vec![0; *padding])?;
+        }
+        writer.finish(&layout)
+    }
 }
 
 /// What an item of the file is made of.
 enum Part<'a> {
-    Packed { spec: &'a TensorSpec, tensor: &'a Tensor, format: Format },
+    Coded { spec: &'a TensorSpec, tensor: &'a Tensor, format: Format },
     Floats { name: &'a str },
     AsIs { spec: &'a TensorSpec, tensor: &'a Tensor },
-    File { path: &'a Path },
+    File(&'a Attachment),
 }
 
 fn plan<'a>(
     source: &'a Checkpoint,
     quant: Quant,
-    attachments: &'a [(String, PathBuf)],
+    attachments: &'a [(String, Attachment)],
 ) -> Result<(Vec<Item>, Vec<Part<'a>>)> {
     let mut items = Vec::new();
     let mut parts = Vec::new();
@@ -117,25 +153,29 @@ fn plan<'a>(
         let tensor = source.tensor(&spec.name).ok_or_else(|| {
             Error::Internal(format!("tensor `{}` of the table is not bound", spec.name))
         })?;
-        let (dtype, part) = match spec.role.storage(quant) {
-            Storage::Packed(format) => (Dtype::U8, Part::Packed { spec, tensor, format }),
+        let storage = recipe::storage(quant, spec, tensor.dtype)?;
+        let (dtype, part) = match storage {
+            Storage::Coded(format) => (Dtype::U8, Part::Coded { spec, tensor, format }),
             Storage::F32 => (Dtype::F32, Part::Floats { name: &spec.name }),
             Storage::AsIs => (tensor.dtype, Part::AsIs { spec, tensor }),
         };
-        let shape = spec.stored_shape(quant);
+        let shape = storage.shape(spec);
         let bytes = dtype.bytes(shape.iter().product());
-        items.push(Item { name: spec.stored_name(quant), dtype, shape, bytes });
+        items.push(Item { name: storage.name(spec), dtype, shape, bytes });
         parts.push(part);
     }
     let mut names = HashSet::new();
-    for (name, path) in attachments {
+    for (name, attachment) in attachments {
         if !names.insert(name) {
             return Err(Error::Argument(format!("attachment `{name}` is there twice")));
         }
-        let bytes = stat(path)?.bytes as usize;
+        let bytes = match attachment {
+            Attachment::Path(path) => stat(path)?.bytes as usize,
+            Attachment::Content(content) => content.len(),
+        };
         let name = container::attachment_tensor(name);
         items.push(Item { name, dtype: Dtype::U8, shape: vec![bytes], bytes });
-        parts.push(Part::File { path });
+        parts.push(Part::File(attachment));
     }
     Ok((items, parts))
 }
@@ -145,17 +185,23 @@ fn thread_pool(threads: usize) -> Result<ThreadPool> {
     builder.build().map_err(|e| Error::Internal(format!("no threads: {e}")))
 }
 
-/// Quantises a matrix, a panel a task, once for each plane of the format.
-fn write_packed(
-    writer: &mut Writer,
+/// Codes a matrix, a panel a task, once for each plane of the format.
+fn write_coded<S: Sink>(
+    writer: &mut Writer<'_, '_, S>,
     source: &Checkpoint,
     (spec, tensor): (&TensorSpec, &Tensor),
     format: Format,
     pool: Option<&ThreadPool>,
 ) -> Result<()> {
     let (rows, cols) = spec.rows_cols();
-    let float = float_format(spec, tensor)?;
-    let row_bytes = float.bytes(1, cols);
+    let from = tensor.dtype.format().ok_or_else(|| unbound(spec, tensor))?;
+    let row_bytes = from.bytes(1, cols);
+    if format == from {
+        check_rows(source, spec, tensor, f32::MAX)?;
+        writer.put_slabs(&tensor.bytes)?;
+        source.release(&tensor.bytes);
+        return Ok(());
+    }
     let panels = rows.div_ceil(PANEL_ROWS);
     for plane in planes(format, cols) {
         let slab_panels = (SLAB_BYTES / plane.len()).max(1);
@@ -163,27 +209,36 @@ fn write_packed(
         for first in (0..panels).step_by(slab_panels) {
             let slab = &mut slab[..slab_panels.min(panels - first) * plane.len()];
             // Whether all values of the panel can be stored.
-            let encode = |(values, panel): &mut (Vec<f32>, Vec<u8>),
-                          (i, out): (usize, &mut [u8])| {
+            let code = |(values, panel): &mut (Vec<f32>, Vec<u8>), (i, out): (usize, &mut [u8])| {
                 let start = (first + i) * PANEL_ROWS;
                 let end = (start + PANEL_ROWS).min(rows);
-                values.resize((end - start) * cols, 0.0);
-                widen(float, &tensor.bytes[start * row_bytes..end * row_bytes], values);
-                let fits = values.iter().all(|x| x.abs() <= LARGEST);
-                if fits {
-                    encode_panel(format, values, cols, panel);
-                    out.copy_from_slice(&panel[plane.clone()]);
-                }
+                let rows = &tensor.bytes[start * row_bytes..end * row_bytes];
+                let fits = match from {
+                    Format::Blocks(block) => {
+                        reorder_panel_to(block, rows, cols, format, panel);
+                        block.is_finite(rows)
+                    }
+                    _ => {
+                        values.resize((end - start) * cols, 0.0);
+                        widen(from, rows, values);
+                        let fits = values.iter().all(|x| x.abs() <= LARGEST);
+                        if fits {
+                            encode_panel(format, values, cols, panel);
+                        }
+                        fits
+                    }
+                };
+                out.copy_from_slice(&panel[plane.clone()]);
                 fits
             };
-            let mut encode_all = || {
+            let mut code_all = || {
                 let init = || (Vec::new(), vec![0; panel_bytes(format, cols)]);
                 let panels = slab.par_chunks_exact_mut(plane.len()).enumerate();
-                panels.map_init(init, encode).all(|fits| fits)
+                panels.map_init(init, code).all(|fits| fits)
             };
             let all_fit = match pool {
-                Some(pool) => pool.install(encode_all),
-                None => encode_all(),
+                Some(pool) => pool.install(code_all),
+                None => code_all(),
             };
             if !all_fit {
                 check_rows(source, spec, tensor, LARGEST)?;
@@ -200,20 +255,18 @@ fn write_packed(
     Ok(())
 }
 
-fn float_format(spec: &TensorSpec, tensor: &Tensor) -> Result<Format> {
-    tensor.dtype.format().ok_or_else(|| {
-        Error::Internal(format!("tensor `{}` is bound to {}", spec.name, tensor.dtype.name()))
-    })
+fn unbound(spec: &TensorSpec, tensor: &Tensor) -> Error {
+    Error::Internal(format!("tensor `{}` is bound to {}", spec.name, tensor.dtype.name()))
 }
 
 /// An error that names the first row with a value that is not from -most to most.
 fn check_rows(source: &Checkpoint, spec: &TensorSpec, tensor: &Tensor, most: f32) -> Result<()> {
     let (rows, cols) = spec.rows_cols();
-    let float = float_format(spec, tensor)?;
-    let row_bytes = float.bytes(1, cols);
+    let format = tensor.dtype.format().ok_or_else(|| unbound(spec, tensor))?;
+    let row_bytes = format.bytes(1, cols);
     let mut values = vec![0.0; cols];
     for row in 0..rows {
-        widen(float, &tensor.bytes[row * row_bytes..][..row_bytes], &mut values);
+        widen(format, &tensor.bytes[row * row_bytes..][..row_bytes], &mut values);
         if let Some(x) = values.iter().find(|x| x.is_nan() || x.abs() > most) {
             return Err(Error::File(format!(
                 "{}: row {row} holds {x}, expected numbers from -{most:?} to {most:?}",
@@ -239,21 +292,73 @@ fn check_replaceable(out: &Path) -> Result<()> {
     )))
 }
 
-/// Writes data, hashes it, and reports it.
-struct Writer<'a, 'b> {
+/// Where the bytes go.
+trait Sink {
+    /// Makes room for all bytes that will come.
+    fn reserve(&mut self, bytes: usize) -> Result<()>;
+    fn write(&mut self, bytes: &[u8]) -> Result<()>;
+    /// Changes bytes that were written, and makes all of them last.
+    fn finish(&mut self, at: usize, patch: &[u8]) -> Result<()>;
+}
+
+struct FileSink {
     file: File,
-    path: &'a Path,
+    path: PathBuf,
+}
+
+impl Sink for FileSink {
+    fn reserve(&mut self, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|e| Error::io(&self.path, e))
+    }
+
+    fn finish(&mut self, at: usize, patch: &[u8]) -> Result<()> {
+        let mut finish = || {
+            self.file.seek(SeekFrom::Start(at as u64))?;
+            self.file.write_all(patch)?;
+            self.file.sync_all()
+        };
+        finish().map_err(|e| Error::io(&self.path, e))
+    }
+}
+
+#[derive(Default)]
+struct MemorySink {
+    bytes: AlignedBuf,
+    written: usize,
+}
+
+impl Sink for MemorySink {
+    fn reserve(&mut self, bytes: usize) -> Result<()> {
+        self.bytes = AlignedBuf::try_new(bytes)?;
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.bytes[self.written..][..bytes.len()].copy_from_slice(bytes);
+        self.written += bytes.len();
+        Ok(())
+    }
+
+    fn finish(&mut self, at: usize, patch: &[u8]) -> Result<()> {
+        self.bytes[at..][..patch.len()].copy_from_slice(patch);
+        Ok(())
+    }
+}
+
+/// Writes data, hashes it, and reports it.
+struct Writer<'a, 'b, S> {
+    sink: S,
     hasher: blake3::Hasher,
     done: u64,
     total: u64,
     progress: &'a mut Progress<'b>,
 }
 
-impl Writer<'_, '_> {
-    fn error(&self, source: std::io::Error) -> Error {
-        Error::io(self.path, source)
-    }
-
+impl<S: Sink> Writer<'_, '_, S> {
     fn step(&mut self, bytes: usize) -> Result<()> {
         self.done += bytes as u64;
         if (self.progress)(self.done, self.total) { Ok(()) } else { Err(Error::Interrupted) }
@@ -264,7 +369,7 @@ impl Writer<'_, '_> {
             return Ok(());
         }
         self.hasher.update(bytes);
-        self.file.write_all(bytes).map_err(|e| self.error(e))?;
+        self.sink.write(bytes)?;
         self.step(bytes.len())
     }
 
@@ -299,16 +404,12 @@ impl Writer<'_, '_> {
         )))
     }
 
-    /// Puts the hash into the header, and all of it on the disk.
-    fn finish(mut self, layout: &Layout) -> Result<()> {
+    /// Puts the hash into the header.
+    fn finish(mut self, layout: &Layout) -> Result<S> {
         assert_eq!(self.done, self.total, "the layout lists all that was written");
         let hash = self.hasher.finalize().to_hex();
-        let mut patch = || {
-            self.file.seek(SeekFrom::Start(layout.hash_at as u64))?;
-            self.file.write_all(hash.as_bytes())?;
-            self.file.sync_all()
-        };
-        patch().map_err(|e| Error::io(self.path, e))
+        self.sink.finish(layout.hash_at, hash.as_bytes())?;
+        Ok(self.sink)
     }
 }
 

@@ -45,7 +45,7 @@ impl Random {
                 self.fill_blocks(w8_planes::HIGH_BYTES, scale / 128.0, bytes);
             }
             Format::W8Planes => self.fill_codes(bytes),
-            Format::Blocks(_) => panic!("random matrices are in panels or floats"),
+            _ => panic!("random matrices are not made in {}", format.name()),
         }
     }
 

@@ -332,7 +332,7 @@ impl Session {
     }
 
     /// The state of a layer as plain arrays with their shapes, by name: `conv` [channels,
-    /// kernel - 1] and `recurrent` [h_v, d_k, d_v], or `key` and `value` [h_kv, tokens, head_dim].
+    /// kernel - 1] and `recurrent` [h_v, d_k, d_v], value heads grouped by key head, or `key` and `value` [h_kv, tokens, head_dim].
     pub fn layer_state(&mut self, layer: usize) -> Result<Vec<StateArray>> {
         let config = &self.model.config;
         self.state.commit();
@@ -344,12 +344,13 @@ impl Session {
             Some(LayerState::Linear(heads)) => {
                 let history = config.linear_conv_kernel_dim - 1;
                 let (mut conv, mut recurrent) = (Vec::new(), Vec::new());
-                for part in 0..3 {
+                for parts in [0..1, 1..2, 2..2 + config.values_per_key()] {
                     for head in heads {
-                        let rows = &lock(head).conv[part];
-                        let channels = rows.len() / history.max(1);
-                        for c in 0..channels {
-                            conv.extend((0..history).map(|j| rows[j * channels + c]));
+                        for rows in &lock(head).conv[parts.clone()] {
+                            let channels = rows.len() / history.max(1);
+                            for c in 0..channels {
+                                conv.extend((0..history).map(|j| rows[j * channels + c]));
+                            }
                         }
                     }
                 }

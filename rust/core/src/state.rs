@@ -15,8 +15,9 @@ pub const KV_CHUNK: usize = 256;
 /// State of a gated delta net layer for one key head and its value heads.
 #[derive(Clone)]
 pub struct KeyHead {
-    /// Last inputs of the convolution, oldest first: [kernel - 1, channels] of q, of k and of v.
-    pub conv: [Vec<f32>; 3],
+    /// Last inputs of the convolution, oldest first: [kernel - 1, channels] of q, of k and of the v
+    /// of each value head.
+    pub conv: Vec<Vec<f32>>,
     pub pending: PendingKeys,
     pub values: Vec<ValueHead>,
 }
@@ -27,7 +28,11 @@ impl KeyHead {
         let (d_k, d_v) = (config.linear_key_head_dim, config.linear_value_head_dim);
         let per_key = config.values_per_key();
         KeyHead {
-            conv: [d_k, d_k, per_key * d_v].map(|channels| vec![0.0; history * channels]),
+            conv: [d_k, d_k]
+                .into_iter()
+                .chain(std::iter::repeat_n(d_v, per_key))
+                .map(|channels| vec![0.0; history * channels])
+                .collect(),
             pending: PendingKeys::default(),
             values: vec![ValueHead::new(d_k, d_v); per_key],
         }

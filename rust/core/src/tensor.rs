@@ -40,6 +40,10 @@ impl Dtype {
         }
     }
 
+    pub fn is_float(self) -> bool {
+        matches!(self, Dtype::Bf16 | Dtype::F16 | Dtype::F32)
+    }
+
     /// The matrix format of these elements, if they are numbers.
     pub fn format(self) -> Option<Format> {
         match self {
@@ -103,6 +107,7 @@ impl fmt::Debug for Bytes {
 struct Line([u8; 64]);
 
 /// Heap bytes that start at a cache line.
+#[derive(Default)]
 pub struct AlignedBuf {
     lines: Vec<Line>,
     len: usize,
@@ -112,6 +117,11 @@ impl AlignedBuf {
     /// `len` zeros.
     pub fn new(len: usize) -> AlignedBuf {
         AlignedBuf { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+
+    /// `len` zeros, or an error if there is no memory for them.
+    pub fn try_new(len: usize) -> Result<AlignedBuf> {
+        Ok(AlignedBuf { lines: filled(Line([0; 64]), len.div_ceil(64))?, len })
     }
 }
 
@@ -167,7 +177,7 @@ pub(crate) fn filled<T: Clone>(value: T, n: usize) -> Result<Vec<T>> {
     Ok(filled)
 }
 
-/// Converts little-endian floats to f32. bytes: as many elements as `out` has.
+/// Converts little-endian floats, or blocks of a GGUF file, to f32. bytes: as many elements as `out` has.
 pub fn widen(format: Format, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(bytes.len(), format.bytes(1, out.len()));
     match format {
@@ -186,6 +196,7 @@ pub fn widen(format: Format, bytes: &[u8], out: &mut [f32]) {
                 *out = f32::from_le_bytes(*x);
             }
         }
+        Format::Blocks(block) => block.decode(bytes, out),
         _ => panic!("{} has no elements to widen", format.name()),
     }
 }

@@ -3,9 +3,9 @@
 mod common;
 
 use common::{FILE, Folder, Stored, TEXT, Tiny, config, join, split};
-use qdelta_core::convert::{convert, verify};
+use qdelta_core::convert::{Attachment, Job, Progress, verify};
 use qdelta_core::model::checkpoint::Checkpoint;
-use qdelta_core::model::tensors::Storage;
+use qdelta_core::model::recipe::{Storage, storage};
 use qdelta_core::quant::{PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
 use qdelta_core::{Error, Result};
 use serde_json::json;
@@ -22,9 +22,34 @@ fn run(folder: &Folder, quant: Quant) -> Result<PathBuf> {
 fn run_to(folder: &Folder, quant: Quant, out: &Path, threads: Option<usize>) -> Result<()> {
     fs::write(folder.path("tokenizer.json"), b"some text").expect("a file");
     fs::write(folder.path("empty"), b"").expect("a file");
-    let attach = |name: &str| (name.to_owned(), folder.path(name));
-    let attachments = [attach("tokenizer.json"), attach("empty")];
-    convert(&folder.open(), quant, out, &attachments, threads, &mut |_, _| true)
+    let attachments = [
+        ("tokenizer.json".to_owned(), Attachment::Path(folder.path("tokenizer.json"))),
+        ("empty".to_owned(), Attachment::Path(folder.path("empty"))),
+        ("made".to_owned(), Attachment::Content(b"a text".to_vec())),
+    ];
+    let job = Job { source: &folder.open(), quant, attachments: &attachments, threads };
+    job.to_file(out, &mut |_, _| true)
+}
+
+/// Converts without attachments.
+fn convert(source: &Checkpoint, quant: Quant, out: &Path, progress: &mut Progress) -> Result<()> {
+    Job { source, quant, attachments: &[], threads: None }.to_file(out, progress)
+}
+
+#[test]
+fn memory_holds_the_bytes_of_the_file() {
+    let folder = Tiny::default().write();
+    let source = folder.open();
+    let out = folder.path(OUT);
+    convert(&source, Quant::W4, &out, &mut |_, _| true).expect("a converted file");
+    let job = Job { source: &source, quant: Quant::W4, attachments: &[], threads: Some(3) };
+    let bytes = job.to_memory(&mut |_, _| true).expect("converted bytes");
+    assert_eq!(bytes[..], fs::read(&out).expect("the file"));
+    let opened = Checkpoint::open_converted(bytes, "memory".to_owned()).expect("a checkpoint");
+    assert_eq!(opened.sources(), source.sources());
+    opened.check_unchanged().expect("nothing can change");
+    let error = job.to_memory(&mut |_, _| false).expect_err("interrupted");
+    assert!(matches!(error, Error::Interrupted));
 }
 
 /// Names in the folder that a failed conversion must not add.
@@ -51,9 +76,10 @@ fn the_file_holds_the_checkpoint() {
         assert_eq!(read.quant, quant);
         assert_eq!(read.config_json, source.config_json);
         assert_eq!(read.sources(), source.sources());
-        assert_eq!(read.metadata()["qdelta.version"], "2");
+        assert_eq!(read.metadata()["qdelta.version"], "3");
         assert_eq!(&read.attachment("tokenizer.json").expect("attached")[..], b"some text");
         assert_eq!(&read.attachment("empty").expect("attached")[..], b"");
+        assert_eq!(&read.attachment("made").expect("attached")[..], b"a text");
         assert!(read.attachment("none").is_none());
         assert_eq!(read.specs(), source.specs());
         assert!(read.has_mtp() && read.has_vision());
@@ -62,8 +88,9 @@ fn the_file_holds_the_checkpoint() {
 
         for spec in source.specs() {
             let from = source.tensor(&spec.name).expect("a source tensor");
-            let to = read.tensor(&spec.stored_name(quant)).expect("a converted tensor");
-            match spec.role.storage(quant) {
+            let storage = storage(quant, spec, from.dtype).expect("a recipe");
+            let to = read.tensor(&storage.name(spec)).expect("a converted tensor");
+            match storage {
                 Storage::AsIs => {
                     assert_eq!((to.dtype, &to.bytes[..]), (from.dtype, &from.bytes[..]));
                 }
@@ -71,7 +98,7 @@ fn the_file_holds_the_checkpoint() {
                     assert_eq!(to.dtype.name(), "F32");
                     assert_eq!(to.to_f32(), from.to_f32());
                 }
-                Storage::Packed(format) => {
+                Storage::Coded(format) => {
                     let (cols, values) = (spec.shape[1], from.to_f32());
                     let mut panel = vec![0; panel_bytes(format, cols)];
                     let panels = values.chunks(PANEL_ROWS * cols);
@@ -117,7 +144,7 @@ fn progress_and_stop() {
     let source = folder.open();
     let out = folder.path(OUT);
     let mut steps = Vec::new();
-    convert(&source, Quant::W8, &out, &[], None, &mut |done, total| {
+    convert(&source, Quant::W8, &out, &mut |done, total| {
         steps.push((done, total));
         true
     })
@@ -129,7 +156,7 @@ fn progress_and_stop() {
 
     for stop in [1, 2, steps.len()] {
         let mut calls = 0;
-        let result = convert(&source, Quant::W8, &out, &[], None, &mut |_, _| {
+        let result = convert(&source, Quant::W8, &out, &mut |_, _| {
             calls += 1;
             calls < stop
         });
@@ -171,7 +198,7 @@ fn arguments() {
     assert!(matches!(error, Error::Argument(_)));
     let out = run(&folder, Quant::W8).expect("a converted file");
     let converted = Checkpoint::open(&out).expect("a converted file");
-    let error = convert(&converted, Quant::W4, &folder.path("b"), &[], None, &mut |_, _| true);
+    let error = convert(&converted, Quant::W4, &folder.path("b"), &mut |_, _| true);
     let error = error.expect_err("converted before").to_string();
     assert!(error.contains("already converted (w8)"), "{error}");
     for threads in [0, 1025] {
@@ -261,12 +288,13 @@ fn damage_is_found() {
 fn attachments_that_fail() {
     let folder = Tiny::default().write();
     let source = folder.open();
-    let run = |attachments: &[(String, PathBuf)]| {
-        convert(&source, Quant::W8, &folder.path(OUT), attachments, None, &mut |_, _| true)
+    let run = |attachments: &[(String, Attachment)]| {
+        Job { source: &source, quant: Quant::W8, attachments, threads: None }
+            .to_file(&folder.path(OUT), &mut |_, _| true)
             .expect_err("a wrong attachment")
     };
-    let config = ("a".to_owned(), folder.path("config.json"));
-    assert!(matches!(run(&[config.clone(), config]), Error::Argument(_)));
-    assert!(matches!(run(&[("a".to_owned(), folder.path("none"))]), Error::Io { .. }));
+    let attach = |path: &str| ("a".to_owned(), Attachment::Path(folder.path(path)));
+    assert!(matches!(run(&[attach("config.json"), attach("config.json")]), Error::Argument(_)));
+    assert!(matches!(run(&[attach("none")]), Error::Io { .. }));
     assert_eq!(leftovers(&folder), [""; 0]);
 }

@@ -137,8 +137,9 @@ fn gdn_gates() {
     let golden = Golden::open("gdn_gates");
     let (a, b) = (golden.get("a"), golden.get("b"));
     let (a_log, dt_bias) = (golden.get("A_log"), golden.get("dt_bias"));
-    let heads = a_log.len();
-    let pairs = (0..a.len()).map(|i| gates(a[i], b[i], a_log[i % heads], dt_bias[i % heads]));
+    let rate: Vec<f32> = a_log.iter().map(|a| -a.exp()).collect();
+    let heads = rate.len();
+    let pairs = (0..a.len()).map(|i| gates(a[i], b[i], rate[i % heads], dt_bias[i % heads]));
     let (g, beta): (Vec<f32>, Vec<f32>) = pairs.unzip();
     assert_near(&g, &golden.get("g"), 1e-5, "g");
     assert_near(&beta, &golden.get("beta"), 1e-5, "beta");

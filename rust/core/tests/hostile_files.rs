@@ -4,7 +4,7 @@
 mod common;
 
 use common::{FILE, Stored, Tiny, file, join, split};
-use qdelta_core::convert::{convert, verify};
+use qdelta_core::convert::{Job, verify};
 use qdelta_core::files::safetensors::read_header;
 use qdelta_core::model::checkpoint::Checkpoint;
 use qdelta_core::quant::Quant;
@@ -138,7 +138,9 @@ fn deep_nesting() {
 fn converted_files() {
     let folder = Tiny::default().write();
     let out = folder.path("out.safetensors");
-    convert(&folder.open(), Quant::W4, &out, &[], Some(1), &mut |_, _| true).expect("a file");
+    let source = folder.open();
+    let job = Job { source: &source, quant: Quant::W4, attachments: &[], threads: Some(1) };
+    job.to_file(&out, &mut |_, _| true).expect("a file");
     let good = fs::read(&out).expect("the file");
     let (_, data) = split(&good);
     for n in (0..good.len()).step_by(1009).chain([good.len() - 1]) {

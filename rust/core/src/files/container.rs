@@ -1,21 +1,21 @@
 //! The converted file: a safetensors file whose matrices are laid out as the kernels read them.
 //!
-//! Names are those of the model's table; a packed matrix ends in its format (`.w4`, `.w8`,
-//! `.w8_planes`) and is U8 [panels, bytes of a panel]. `file:NAME` holds the file NAME of the checkpoint folder. The
+//! Names are those of the model's table; a quantised matrix ends in its format (`.w4`, `.w6_k`, …)
+//! and is U8 [panels, bytes of a panel] or [rows, bytes of a row]. `file:NAME` holds the file NAME of the checkpoint folder. The
 //! data starts at a multiple of 4096 and every tensor at a multiple of 64 after that; `padding.N`
 //! fills the gaps, because the format allows no holes. `__metadata__` says where it comes from:
 //!
 //!     qdelta.hash      BLAKE3 of the data, hexadecimal
 //!     qdelta.version   of this layout
-//!     qdelta.quant     w4 or w8
-//!     qdelta.recipe    which matrix gets which format
+//!     qdelta.quant     w4, w8, or gguf for the numbers of a GGUF file
+//!     qdelta.convention  transformers or gguf: see [`Convention`]
 //!     qdelta.creator   the program that wrote it
 //!     qdelta.config    config.json
 //!     qdelta.sources   [[name, bytes, nanoseconds since 1970 of the last change], …]
 
 use super::mmap::Mapping;
 use super::safetensors::read_header;
-use super::{SourceFile, file_name};
+use super::{Convention, SourceFile, file_name};
 use crate::error::{Error, Result};
 use crate::quant::Quant;
 use crate::tensor::Dtype;
@@ -24,9 +24,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 /// Version of the layout. It counts every change of what the bytes mean, block formats included.
-pub const VERSION: &str = "2";
-/// The only recipe; see [`crate::model::tensors::Role::storage`].
-pub const RECIPE: &str = "balanced";
+pub const VERSION: &str = "3";
 /// Tensors start at multiples of this.
 pub const ALIGNMENT: usize = 64;
 const DATA_ALIGNMENT: usize = 4096;
@@ -41,6 +39,7 @@ const VERIFY_BYTES: usize = 16 << 20;
 /// What the metadata of a converted file says.
 pub struct Info {
     pub quant: Quant,
+    pub convention: Convention,
     pub config_json: String,
     /// The files it was made from.
     pub sources: Vec<SourceFile>,
@@ -104,28 +103,34 @@ impl Info {
                  config.json"
             )));
         }
-        for (key, supported) in [("qdelta.version", VERSION), ("qdelta.recipe", RECIPE)] {
-            let found = get(key)?;
-            if found != supported {
-                return Err(Error::Unsupported(format!(
-                    "{file}: `{key}` is {found:?}, this program reads {supported:?}; convert the \
-                     checkpoint again"
-                )));
-            }
+        let version = get("qdelta.version")?;
+        if version != VERSION {
+            return Err(Error::Unsupported(format!(
+                "{file}: `qdelta.version` is {version:?}, this program reads {VERSION:?}; convert \
+                 the checkpoint again"
+            )));
         }
         let quant = match get("qdelta.quant")?.parse() {
-            Ok(quant @ (Quant::W4 | Quant::W8)) => quant,
+            Ok(quant) if quant != Quant::None => quant,
             _ => {
                 return Err(Error::File(format!(
-                    "{file}: `qdelta.quant` is {:?}, expected \"w4\" or \"w8\"",
+                    "{file}: `qdelta.quant` is {:?}, expected \"w4\", \"w8\" or \"gguf\"",
                     metadata["qdelta.quant"]
                 )));
             }
         };
+        let convention = get("qdelta.convention")?;
+        let convention = Convention::named(convention).ok_or_else(|| {
+            Error::File(format!(
+                "{file}: `qdelta.convention` is {convention:?}, expected \"transformers\" or \
+                 \"gguf\""
+            ))
+        })?;
         let sources: Vec<(String, u64, u64)> = serde_json::from_str(get("qdelta.sources")?)
             .map_err(|e| Error::File(format!("{file}: `qdelta.sources` is not valid: {e}")))?;
         Ok(Info {
             quant,
+            convention,
             config_json: get("qdelta.config")?.clone(),
             sources: sources
                 .into_iter()
@@ -142,7 +147,7 @@ impl Info {
         let metadata = [
             ("qdelta.version", VERSION),
             ("qdelta.quant", &self.quant.to_string()),
-            ("qdelta.recipe", RECIPE),
+            ("qdelta.convention", self.convention.name()),
             ("qdelta.creator", concat!("qdelta ", env!("CARGO_PKG_VERSION"))),
             ("qdelta.config", &self.config_json),
             ("qdelta.sources", &json(&sources)),
@@ -216,6 +221,7 @@ mod tests {
     fn info() -> Info {
         Info {
             quant: Quant::W4,
+            convention: Convention::Gguf,
             config_json: "{\"qdelta.hash\":\"0\", \"x\": \"é\"}".to_owned(),
             sources: vec![SourceFile { name: "a \"b\"".to_owned(), bytes: 5, modified_ns: 1 }],
         }
@@ -244,7 +250,7 @@ mod tests {
             assert_eq!(entry.range.len(), item.bytes);
         }
         let read = Info::from_metadata(&header.metadata, "a").expect("valid metadata");
-        assert_eq!(read.quant, Quant::W4);
+        assert_eq!((read.quant, read.convention), (Quant::W4, Convention::Gguf));
         assert_eq!(read.config_json, info().config_json);
         assert_eq!(read.sources, info().sources);
     }
@@ -254,10 +260,10 @@ mod tests {
         let bytes = info().layout(&[]).header;
         let good = read_header(&bytes, "a").expect("a valid file").metadata;
         for (key, value, expected) in [
-            ("qdelta.version", Some("7"), "this program reads \"2\"; convert the checkpoint again"),
+            ("qdelta.version", Some("7"), "this program reads \"3\"; convert the checkpoint again"),
             ("qdelta.version", None, "not a file that qdelta converted"),
-            ("qdelta.recipe", Some("bold"), "`qdelta.recipe` is \"bold\""),
-            ("qdelta.quant", Some("none"), "`qdelta.quant` is \"none\", expected \"w4\" or \"w8\""),
+            ("qdelta.convention", Some("bold"), "`qdelta.convention` is \"bold\""),
+            ("qdelta.quant", Some("none"), "`qdelta.quant` is \"none\", expected \"w4\""),
             ("qdelta.config", None, "metadata `qdelta.config` is missing"),
             ("qdelta.sources", Some("[[1]]"), "`qdelta.sources` is not valid"),
         ] {

@@ -15,6 +15,30 @@ use std::io::Read;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
+/// What the numbers of a checkpoint mean.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Convention {
+    /// As checkpoints of transformers have them.
+    Transformers,
+    /// As GGUF files have them: norms with 1 added, but for that of linear attention; -exp(A_log)
+    /// in place of A_log; value heads in tiled order, see
+    /// [`crate::layers::gated_delta_net::ValueOrder`].
+    Gguf,
+}
+
+impl Convention {
+    pub fn name(self) -> &'static str {
+        match self {
+            Convention::Transformers => "transformers",
+            Convention::Gguf => "gguf",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Convention> {
+        [Convention::Transformers, Convention::Gguf].into_iter().find(|c| c.name() == name)
+    }
+}
+
 /// A file as it was when it was read, to tell later whether it has changed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SourceFile {

@@ -64,13 +64,13 @@ impl Kernel for Swiglu<'_> {
 
 /// The gates of the delta rule for one value head and token.
 ///
-/// a, b: outputs of `in_proj_a`, `in_proj_b`; a_log, dt_bias: the head's weights. Returns
-/// (g, beta): g = -exp(a_log) softplus(a + dt_bias), beta = sigmoid(b).
-pub fn gates(a: f32, b: f32, a_log: f32, dt_bias: f32) -> (f32, f32) {
+/// a, b: outputs of `in_proj_a`, `in_proj_b`; rate, dt_bias: the head's weights, rate = -exp(A_log).
+/// Returns (g, beta): g = rate softplus(a + dt_bias), beta = sigmoid(b).
+pub fn gates(a: f32, b: f32, rate: f32, dt_bias: f32) -> (f32, f32) {
     let x = a + dt_bias;
     // Above 20 softplus(x) is x to f32 precision.
     let softplus = if x > 20.0 { x } else { x.exp().ln_1p() };
-    (-a_log.exp() * softplus, 1.0 / (1.0 + (-b).exp()))
+    (rate * softplus, 1.0 / (1.0 + (-b).exp()))
 }
 
 #[cfg(test)]
@@ -127,7 +127,7 @@ mod tests {
         for (a, b, a_log, dt_bias) in
             [(0.3, -0.2, 1.1, 0.4), (25.0, 40.0, 2.7, 1.0), (-90.0, -90.0, -3.0, 0.0)]
         {
-            let (g, beta) = gates(a, b, a_log, dt_bias);
+            let (g, beta) = gates(a, b, -f32::exp(a_log), dt_bias);
             let x = f64::from(a + dt_bias);
             let want = -f64::from(a_log).exp() * x.exp().ln_1p();
             assert!((f64::from(g) - want).abs() <= 1e-6 * want.abs() + 1e-37);

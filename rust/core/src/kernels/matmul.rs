@@ -8,10 +8,8 @@
 use super::quantize::QuantTile;
 use super::{load_some, planes};
 use crate::quant::float::{Bf16, F16, F32, Float};
-use crate::quant::w4::W4;
-use crate::quant::w8::W8;
 use crate::quant::w8_planes::Planes;
-use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes};
+use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::marker::PhantomData;
 
@@ -28,12 +26,12 @@ pub fn packed(cpu: Cpu, format: Format, panels: &[u8], cols: usize, x: &QuantTil
     let bytes = panel_bytes(format, cols);
     assert!(panels.len().is_multiple_of(bytes));
     assert_eq!(y.len(), panels.len() / bytes * PANEL_ROWS * x.tokens());
-    match format {
-        Format::W4 => cpu.run(PackedProduct::<W4> { panels, bytes, x, y, format: PhantomData }),
-        Format::W8 => cpu.run(PackedProduct::<W8> { panels, bytes, x, y, format: PhantomData }),
-        Format::W8Planes => planes::product(cpu, Planes::new(panels), cols, x, y),
-        _ => unreachable!("panel_bytes accepts packed formats only"),
+    if format == Format::W8Planes {
+        return planes::product(cpu, Planes::new(panels), cols, x, y);
     }
+    with_packed!(format, P => {
+        cpu.run(PackedProduct::<P> { panels, bytes, x, y, format: PhantomData })
+    });
 }
 
 struct PackedProduct<'a, P> {
@@ -50,7 +48,8 @@ impl<P: Packed> PackedProduct<'_, P> {
         let width = self.y.len() / M;
         for (p, panel) in self.panels.chunks_exact(self.bytes).enumerate() {
             let mut acc = [s.splat(0.0); M];
-            for (i, (block, x)) in P::blocks(panel).iter().zip(self.x.blocks::<M>()).enumerate() {
+            let blocks = P::blocks(panel).iter().zip(self.x.groups::<M>().blocks(P::GROUPS));
+            for (i, (block, x)) in blocks.enumerate() {
                 if M >= PREFETCH_TOKENS {
                     let block = size_of::<P::Block>();
                     let mut line = 0;
@@ -59,13 +58,8 @@ impl<P: Packed> PackedProduct<'_, P> {
                         line += 64;
                     }
                 }
-                for g in 0..2 {
-                    let scales = P::scales(s, block, g);
-                    let dots = P::dot::<S, M>(s, block, g, x.codes, &x.sums[g]);
-                    for m in 0..M {
-                        let scale = s.mul(scales, s.splat(x.scales[g][m]));
-                        acc[m] = s.fma(s.to_f32(dots[m]), scale, acc[m]);
-                    }
+                for g in 0..P::GROUPS {
+                    P::add(s, block, g, x.get(g), &mut acc);
                 }
             }
             for m in 0..M {
@@ -214,42 +208,24 @@ impl<F: Float> Kernel for FloatProduct<'_, F> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{assert_close, random};
-    use crate::quant::{decode_row, encode_panel_on, planes};
+    use crate::kernels::testing::{Made, Panels, assert_close, pack, random};
+    use crate::quant::decode_row;
     use half::{bf16, f16};
-
-    /// Rows x cols random weights in a packed format.
-    fn pack(cpu: Cpu, format: Format, w: &[f32], cols: usize) -> Vec<u8> {
-        let mut panel = vec![0; panel_bytes(format, cols)];
-        let mut bytes = Vec::new();
-        for plane in planes(format, cols) {
-            for rows in w.chunks(PANEL_ROWS * cols) {
-                encode_panel_on(cpu, format, rows, cols, &mut panel);
-                bytes.extend_from_slice(&panel[plane.clone()]);
-            }
-        }
-        bytes
-    }
 
     #[test]
     fn packed_products_match_the_decoded_matrix() {
         for cpu in Cpu::all() {
-            for format in Format::PACKED {
+            for made in Made::all() {
                 for (rows, cols) in [(1, 1), (16, 64), (17, 160), (40, 256), (33, 1000)] {
-                    let w = random(rows * cols, 5);
-                    let matrix = pack(cpu, format, &w, cols);
-                    let mut decoded = vec![0.0; rows * cols];
-                    for (row, out) in decoded.chunks_exact_mut(cols).enumerate() {
-                        decode_row(format, &matrix, cols, row, out);
-                    }
+                    let cols = made.cols(cols);
+                    let Panels { format, bytes, decoded } = made.matrix(cpu, rows, cols, 5);
                     for tokens in 1..=cpu.tile_tokens() {
                         let x = random(tokens * cols, 6);
                         let mut tile = QuantTile::default();
                         tile.quantize(cpu, &x, cols);
                         let width = rows.next_multiple_of(PANEL_ROWS);
                         let mut y = vec![f32::NAN; tokens * width];
-                        packed(cpu, format, &matrix, cols, &tile, &mut y);
-                        // Each activation is off by at most half a step of absmax / 127 <= 1 / 127.
+                        packed(cpu, format, &bytes, cols, &tile, &mut y);
                         for t in 0..tokens {
                             let want: Vec<f64> = decoded
                                 .chunks_exact(cols)
@@ -261,12 +237,17 @@ mod tests {
                                         .sum()
                                 })
                                 .collect();
+                            // Each activation is off by at most half a step of absmax / 127
+                            // <= 1 / 127. Scales and offsets of a weight, which may be larger than
+                            // the weight, are added in f32.
                             let bound = |i: usize| {
                                 let w = &decoded[i * cols..][..cols];
                                 let total: f64 = w.iter().map(|w| f64::from(w.abs())).sum();
-                                total * (0.51 / 127.0 + 1e-6)
+                                let largest =
+                                    decoded.iter().fold(0.0f64, |m, w| m.max(f64::from(w.abs())));
+                                total * (0.51 / 127.0 + 1e-6) + largest * cols as f64 * 1e-6
                             };
-                            let what = format!("{cpu:?} {format:?} {rows}x{cols} token {t}");
+                            let what = format!("{cpu:?} {made:?} {rows}x{cols} token {t}");
                             assert_close(&y[t * width..][..rows], &want, bound, &what);
                             assert!(y[t * width + rows..(t + 1) * width].iter().all(|y| *y == 0.0));
                         }
@@ -278,10 +259,9 @@ mod tests {
 
     #[test]
     fn packed_products_have_the_same_bits_for_any_number_of_tokens_and_fused_isa() {
-        let (rows, cols) = (32, 320);
-        let w = random(rows * cols, 7);
-        for format in Format::PACKED {
-            let matrix = pack(Cpu::best(), format, &w, cols);
+        for made in Made::all() {
+            let (rows, cols) = (32, made.cols(320));
+            let Panels { format, bytes, .. } = made.matrix(Cpu::best(), rows, cols, 7);
             let mut first: Option<Vec<f32>> = None;
             for cpu in Cpu::all() {
                 let tokens = cpu.tile_tokens();
@@ -290,17 +270,17 @@ mod tests {
                 let mut tile = QuantTile::default();
                 tile.quantize(cpu, x, cols);
                 let mut together = vec![0.0; tokens * rows];
-                packed(cpu, format, &matrix, cols, &tile, &mut together);
+                packed(cpu, format, &bytes, cols, &tile, &mut together);
                 for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
                     tile.quantize(cpu, x, cols);
                     let mut alone = vec![0.0; rows];
-                    packed(cpu, format, &matrix, cols, &tile, &mut alone);
-                    assert_eq!(alone, together, "{cpu:?} {format:?}");
+                    packed(cpu, format, &bytes, cols, &tile, &mut alone);
+                    assert_eq!(alone, together, "{cpu:?} {made:?}");
                 }
                 // Where multiply-add is one rounding the bits do not depend on the CPU either.
                 if cpu.name() != "portable" {
                     let first = first.get_or_insert_with(|| together[..rows].to_vec());
-                    assert_eq!(first[..], together[..rows], "{cpu:?} {format:?}");
+                    assert_eq!(first[..], together[..rows], "{cpu:?} {made:?}");
                 }
             }
         }

@@ -15,9 +15,8 @@
 
 use super::matmul::{PREFETCH_AHEAD, PREFETCH_TOKENS};
 use super::quantize::QuantTile;
-use crate::quant::w4::W4;
 use crate::quant::w8_planes::{self, HIGH_BYTES, LOW_BYTES, Planes};
-use crate::quant::{BLOCK, PANEL_ROWS, Packed};
+use crate::quant::{BLOCK, PANEL_ROWS, w4};
 use crate::simd::{Cpu, Isa, Kernel};
 
 /// Values of a high nibble's step, and the middle of the low nibble.
@@ -74,7 +73,7 @@ impl Product<'_> {
         let panels = high.chunks_exact(self.blocks).zip(low.chunks_exact(self.blocks));
         for (p, (high_panel, low_panel)) in panels.enumerate() {
             let mut acc = [s.splat(0.0); M];
-            let blocks = high_panel.iter().zip(low_panel).zip(self.x.blocks::<M>());
+            let blocks = high_panel.iter().zip(low_panel).zip(self.x.groups::<M>().blocks(2));
             for (i, (block, x)) in blocks.enumerate() {
                 if M >= PREFETCH_TOKENS {
                     let at = p * self.blocks + i;
@@ -82,12 +81,7 @@ impl Product<'_> {
                     prefetch(s, low.as_flattened(), at * LOW_BYTES, LOW_BYTES);
                 }
                 for g in 0..2 {
-                    let scales = W4::scales(s, block.0, g);
-                    let dots = w8_planes::dot::<S, M>(s, block, g, x.codes, &x.sums[g]);
-                    for m in 0..M {
-                        let scale = s.mul(scales, s.splat(x.scales[g][m]));
-                        acc[m] = s.fma(s.to_f32(dots[m]), scale, acc[m]);
-                    }
+                    w8_planes::add(s, block, g, x.get(g), &mut acc);
                 }
             }
             for m in 0..M {
@@ -141,14 +135,16 @@ impl Kernel for Screen<'_> {
         let out = out.zip(self.variances.as_chunks_mut().0);
         for (panel, (estimates, variances)) in self.planes.high.chunks_exact(self.blocks).zip(out) {
             let (mut estimate, mut variance) = (s.splat(0.0), s.splat(0.0));
-            let blocks = panel.iter().zip(self.x.blocks::<1>()).zip(squares.as_chunks::<2>().0);
+            let groups = self.x.groups::<1>().blocks(2);
+            let blocks = panel.iter().zip(groups).zip(squares.as_chunks::<2>().0);
             for ((block, x), squares) in blocks {
                 for g in 0..2 {
-                    let scales = W4::scales(s, block, g);
-                    let [dots] = W4::dot::<S, 1>(s, block, g, x.codes, &x.sums[g]);
-                    let middle = s.splat(MIDDLE / STEP * x.sums[g][0] as f32);
+                    let x = x.get(g);
+                    let scales = w4::scales(s, block, g);
+                    let [dots] = w4::dots(s, block, g, x);
+                    let middle = s.splat(MIDDLE / STEP * x.sums[0] as f32);
                     let dots = s.add(s.to_f32(dots), middle);
-                    let scale = s.mul(scales, s.splat(x.scales[g][0]));
+                    let scale = s.mul(scales, s.splat(x.scales[0]));
                     estimate = s.fma(dots, scale, estimate);
                     variance = s.fma(s.mul(scales, scales), s.splat(squares[g]), variance);
                 }

@@ -5,7 +5,7 @@
 //! a power of two apart would evict each other from the cache.
 
 use super::load_some;
-use crate::quant::{BLOCK, BLOCK_STEPS, GROUP, GROUP_STEPS};
+use crate::quant::{BLOCK, GROUP, GROUP_STEPS, Group};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 
 /// Int8 values of a few tokens.
@@ -14,14 +14,43 @@ pub struct QuantTile {
     tokens: usize,
     codes: Vec<[i8; 4]>, // [cols / 4, tokens]
     sums: Vec<i32>,      // [cols / 32, tokens]
+    halves: Vec<i32>,    // [cols / 32, tokens], of the first 16
     scales: Vec<f32>,    // [cols / 32, tokens]
 }
 
-/// One block of columns of a tile with M tokens.
-pub struct QuantBlock<'a, const M: usize> {
-    pub codes: &'a [[[i8; 4]; M]; BLOCK_STEPS],
-    pub sums: &'a [[i32; M]; 2],
-    pub scales: &'a [[f32; M]; 2],
+/// Neighbouring groups of a tile with M tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Groups<'a, const M: usize> {
+    codes: &'a [[[[i8; 4]; M]; GROUP_STEPS]],
+    sums: &'a [[i32; M]],
+    halves: &'a [[i32; M]],
+    scales: &'a [[f32; M]],
+}
+
+impl<'a, const M: usize> Groups<'a, M> {
+    #[inline(always)]
+    pub fn get(&self, g: usize) -> Group<'a, M> {
+        Group {
+            codes: &self.codes[g],
+            sums: &self.sums[g],
+            halves: &self.halves[g],
+            scales: &self.scales[g],
+        }
+    }
+
+    /// Cuts them into blocks of `n` groups. There is a whole number of blocks.
+    #[inline(always)]
+    pub fn blocks(self, n: usize) -> impl Iterator<Item = Groups<'a, M>> {
+        assert!(self.codes.len().is_multiple_of(n));
+        let codes = self.codes.chunks_exact(n).zip(self.sums.chunks_exact(n));
+        let rest = self.halves.chunks_exact(n).zip(self.scales.chunks_exact(n));
+        codes.zip(rest).map(|((codes, sums), (halves, scales))| Groups {
+            codes,
+            sums,
+            halves,
+            scales,
+        })
+    }
 }
 
 impl QuantTile {
@@ -36,6 +65,7 @@ impl QuantTile {
         let padded = cols.next_multiple_of(BLOCK) * self.tokens;
         self.codes.resize(padded / 4, [0; 4]);
         self.sums.resize(padded / GROUP, 0);
+        self.halves.resize(padded / GROUP, 0);
         self.scales.resize(padded / GROUP, 0.0);
         cpu.run(Quantize { x, cols, tile: self });
     }
@@ -53,18 +83,16 @@ impl QuantTile {
             .collect()
     }
 
-    /// The blocks of a tile of exactly M tokens.
+    /// All groups of a tile of exactly M tokens.
     #[inline(always)]
-    pub(super) fn blocks<const M: usize>(&self) -> impl Iterator<Item = QuantBlock<'_, M>> {
+    pub(super) fn groups<const M: usize>(&self) -> Groups<'_, M> {
         assert_eq!(self.tokens, M);
-        let codes = self.codes.as_chunks::<M>().0.as_chunks().0;
-        let sums = self.sums.as_chunks::<M>().0.as_chunks().0;
-        let scales = self.scales.as_chunks::<M>().0.as_chunks().0;
-        codes.iter().zip(sums).zip(scales).map(|((codes, sums), scales)| QuantBlock {
-            codes,
-            sums,
-            scales,
-        })
+        Groups {
+            codes: self.codes.as_chunks::<M>().0.as_chunks().0,
+            sums: self.sums.as_chunks().0,
+            halves: self.halves.as_chunks().0,
+            scales: self.scales.as_chunks().0,
+        }
     }
 }
 
@@ -78,7 +106,7 @@ impl Kernel for Quantize<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        let QuantTile { tokens, codes, sums, scales } = self.tile;
+        let QuantTile { tokens, codes, sums, halves, scales } = self.tile;
         let tokens = *tokens;
         for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
             for group in 0..self.cols.next_multiple_of(BLOCK) / GROUP {
@@ -88,7 +116,9 @@ impl Kernel for Quantize<'_> {
                 let largest = s.largest(s.max(s.abs(low), s.abs(high)));
                 let inverse = s.splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
                 let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
-                sums[group * tokens + t] = s.sum_i32(s.add_i32(low, high));
+                let half = s.sum_i32(low);
+                halves[group * tokens + t] = half;
+                sums[group * tokens + t] = half + s.sum_i32(high);
                 scales[group * tokens + t] = largest / 127.0;
                 let mut bytes = [[0i8; LANES]; 2];
                 s.store_i8(low, &mut bytes[0]);
@@ -123,15 +153,17 @@ mod tests {
                         let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                         let scale = tile.scales[group * tokens + t];
                         assert!((scale - largest / 127.0).abs() <= largest * 1e-6);
-                        let mut sum = 0;
+                        let (mut sum, mut half) = (0, 0);
                         for (i, v) in values.iter().enumerate() {
                             let step = group * GROUP_STEPS + i / 4;
                             let code = tile.codes[step * tokens + t][i % 4];
                             sum += i32::from(code);
+                            half += if i < 16 { i32::from(code) } else { 0 };
                             let error = (v - scale * f32::from(code)).abs();
                             assert!(error <= scale * 0.5001, "{cpu:?} {t} {group} {i}: {v} {code}");
                         }
                         assert_eq!(sum, tile.sums[group * tokens + t]);
+                        assert_eq!(half, tile.halves[group * tokens + t]);
                     }
                 }
             }

@@ -1,5 +1,107 @@
 //! What the tests of kernels share.
 
+use crate::quant::reorder::{panel_format, reorder_panel};
+use crate::quant::{
+    BlockType, Format, PANEL_ROWS, decode_row, encode_panel_on, panel_bytes, planes,
+};
+use crate::simd::Cpu;
+use half::f16;
+
+/// Where the numbers of a matrix in panels come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Made {
+    /// Rounded from floats.
+    Encoded(Format),
+    /// Re-ordered from blocks.
+    Reordered(BlockType),
+}
+
+/// A matrix in panels and its numbers, [rows, cols], as its slow twin reads them.
+pub struct Panels {
+    pub format: Format,
+    pub bytes: Vec<u8>,
+    pub decoded: Vec<f32>,
+}
+
+impl Made {
+    /// All ways to fill the formats of panels.
+    pub fn all() -> impl Iterator<Item = Made> {
+        let encoded = [Format::W8, Format::W8Planes, Format::W4].map(Made::Encoded);
+        encoded.into_iter().chain(BlockType::ALL.map(Made::Reordered))
+    }
+
+    /// About `cols` columns, as many as the format takes.
+    pub fn cols(self, cols: usize) -> usize {
+        match self {
+            Made::Encoded(_) => cols,
+            Made::Reordered(block) => cols.next_multiple_of(block.cols()),
+        }
+    }
+
+    /// A random matrix.
+    pub fn matrix(self, cpu: Cpu, rows: usize, cols: usize, seed: u64) -> Panels {
+        let mut decoded = vec![0.0; rows * cols];
+        match self {
+            Made::Encoded(format) => {
+                let bytes = pack(cpu, format, &random(rows * cols, seed), cols);
+                for (row, out) in decoded.chunks_exact_mut(cols).enumerate() {
+                    decode_row(format, &bytes, cols, row, out);
+                }
+                Panels { format, bytes, decoded }
+            }
+            Made::Reordered(block) => {
+                let blocks = random_blocks(block, rows * cols / block.cols(), seed);
+                block.decode(&blocks, &mut decoded);
+                let format = panel_format(block);
+                let row_bytes = block.row_bytes(cols);
+                let mut bytes = vec![0; format.bytes(rows, cols)];
+                let panels = bytes.chunks_exact_mut(panel_bytes(format, cols));
+                for (rows, panel) in blocks.chunks(PANEL_ROWS * row_bytes).zip(panels) {
+                    panel.fill(0xa5);
+                    reorder_panel(block, rows, cols, panel);
+                }
+                Panels { format, bytes, decoded }
+            }
+        }
+    }
+}
+
+/// Quantises rows x cols weights.
+pub fn pack(cpu: Cpu, format: Format, w: &[f32], cols: usize) -> Vec<u8> {
+    let mut panel = vec![0; panel_bytes(format, cols)];
+    let mut bytes = Vec::new();
+    for plane in planes(format, cols) {
+        for rows in w.chunks(PANEL_ROWS * cols) {
+            encode_panel_on(cpu, format, rows, cols, &mut panel);
+            bytes.extend_from_slice(&panel[plane.clone()]);
+        }
+    }
+    bytes
+}
+
+/// Blocks with random codes and scales of ordinary size.
+pub fn random_blocks(block: BlockType, n: usize, seed: u64) -> Vec<u8> {
+    let halves: &[usize] = match block {
+        BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4K | BlockType::Q5K => &[0, 2],
+        BlockType::Q2K => &[80, 82],
+        BlockType::Q3K => &[108],
+        BlockType::Q6K => &[208],
+        BlockType::Mxfp4 => &[],
+        _ => &[0],
+    };
+    let values = random(n * block.bytes(), seed);
+    let mut bytes: Vec<u8> = values.iter().map(|x| (x * 1e6) as i32 as u8).collect();
+    for (block_bytes, x) in bytes.chunks_exact_mut(block.bytes()).zip(&values) {
+        for at in halves {
+            block_bytes[*at..][..2].copy_from_slice(&f16::from_f32(x * 0.1).to_le_bytes());
+        }
+        if block == BlockType::Mxfp4 {
+            block_bytes[0] = 120 + (x.abs() * 10.0) as u8;
+        }
+    }
+    bytes
+}
+
 /// Random values in -1..1, the same for the same seed.
 pub fn random(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

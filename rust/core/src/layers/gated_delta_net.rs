@@ -2,8 +2,8 @@
 //!
 //! Per token: projections q, k, v, z, b, a; a causal convolution and SiLU over q, k and v; L2 norm
 //! of q and k per head; the gated delta rule; a gated RMS norm per value head; the output
-//! projection. Value head h reads key head h / (h_v / h_k). A key head with its value heads is one
-//! unit of work: nothing is shared between units, the state included.
+//! projection. Which value heads read a key head is a matter of [`ValueOrder`]. A key head with its
+//! value heads is one unit of work: nothing is shared between units, the state included.
 
 use super::Context;
 use super::linear::{Input, Matrix, project};
@@ -23,13 +23,23 @@ pub struct GatedDeltaNet {
     pub in_proj_z: Matrix,
     pub in_proj_b: Matrix,
     pub in_proj_a: Matrix,
-    /// Taps of the convolution, by key head: [kernel, channels] of q, of k and of v.
-    pub conv1d: Vec<[Vec<f32>; 3]>,
-    pub a_log: Vec<f32>,   // [h_v]
+    /// Taps of the convolution, by key head: [kernel, channels] of q, of k and of the v of each
+    /// value head.
+    pub conv1d: Vec<Vec<Vec<f32>>>,
+    pub rate: Vec<f32>,    // [h_v], -exp(A_log)
     pub dt_bias: Vec<f32>, // [h_v]
     pub norm: Vec<f32>,    // [d_v], not zero-centred
     pub out_proj: Matrix,
     pub heads: Heads,
+}
+
+/// How the weights number value heads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ValueOrder {
+    /// Those of a key head are neighbours: head h reads key head h / (h_v / h_k).
+    Grouped,
+    /// Head h reads key head h mod h_k.
+    Tiled,
 }
 
 /// Numbers and sizes of heads.
@@ -37,9 +47,29 @@ pub struct GatedDeltaNet {
 pub struct Heads {
     pub keys: usize,
     pub values_per_key: usize,
+    pub order: ValueOrder,
     pub d_k: usize,
     pub d_v: usize,
     pub eps: f32,
+}
+
+impl Heads {
+    /// The number of the i-th value head of a key head.
+    pub fn value(&self, key: usize, i: usize) -> usize {
+        match self.order {
+            ValueOrder::Grouped => key * self.values_per_key + i,
+            ValueOrder::Tiled => i * self.keys + key,
+        }
+    }
+
+    /// The outputs of a token are this many rows, in each of which those of a key head lie
+    /// together.
+    fn rows(&self) -> usize {
+        match self.order {
+            ValueOrder::Grouped => 1,
+            ValueOrder::Tiled => self.values_per_key,
+        }
+    }
 }
 
 /// Work space of one thread.
@@ -81,11 +111,13 @@ impl GatedDeltaNet {
         project(products, &matrices, x, false, projected);
         self.trace_projections(ctx, width, projected);
 
-        let unit_cols = self.heads.values_per_key * self.heads.d_v;
-        mixed.reshape(tokens, self.heads.keys * unit_cols);
-        let (mixed_width, projected) = (self.heads.keys * unit_cols, &projected[..]);
+        let Heads { keys, values_per_key, d_v, .. } = self.heads;
+        mixed.reshape(tokens, keys * values_per_key * d_v);
+        let rows = self.heads.rows();
+        let unit_cols = values_per_key * d_v / rows;
+        let (unit, projected) = ((tokens * rows, unit_cols), &projected[..]);
         let init = |thread: usize| lock(&units[thread]);
-        ctx.run_tiles(&mut mixed.rows, mixed_width, (tokens, unit_cols), init, |unit, y| {
+        ctx.run_tiles(&mut mixed.rows, keys * unit_cols, unit, init, |unit, y| {
             let key = y.cols().start / unit_cols;
             let mut state = lock(&state[key]);
             let unit = &mut **unit;
@@ -133,7 +165,7 @@ impl Kernel for Unit<'_> {
 
     #[inline(always)]
     fn run<S: Isa>(mut self, s: S) {
-        let tokens = self.y.rows().len();
+        let tokens = self.y.rows().len() / self.layer.heads.rows();
         let mut first = 0;
         while first < tokens {
             let n = MAX_TOKENS.min(tokens - first);
@@ -147,7 +179,8 @@ impl Unit<'_> {
     /// `n` tokens from `first`.
     #[inline(always)]
     fn tokens<S: Isa>(&mut self, s: S, first: usize, n: usize) {
-        let Heads { keys, values_per_key, d_k, d_v, eps } = self.layer.heads;
+        let heads = self.layer.heads;
+        let Heads { keys, values_per_key, d_k, d_v, eps, .. } = heads;
         let (key, width) = (self.key, self.width);
         let rows = &self.projected[first * width..];
         let v_width = values_per_key * d_v;
@@ -157,16 +190,23 @@ impl Unit<'_> {
         v.resize(n * v_width, 0.0);
         y.resize(n * d_v, 0.0);
 
-        let taps = &self.layer.conv1d[key];
-        let columns = [key * d_k, (keys + key) * d_k, 2 * keys * d_k + key * v_width];
-        for (part, out) in [&mut *q, &mut *k, &mut *v].into_iter().enumerate() {
-            let channels = [d_k, d_k, v_width][part];
-            let x = &rows[columns[part]..];
-            let state = &mut self.state.conv[part];
-            conv1d_silu_isa(s, channels, n, &taps[part], state, x, width, out, channels);
+        for (part, (taps, state)) in
+            self.layer.conv1d[key].iter().zip(&mut self.state.conv).enumerate()
+        {
+            let (column, channels, out, stride) = match part {
+                0 => (key * d_k, d_k, &mut q[..], d_k),
+                1 => ((keys + key) * d_k, d_k, &mut k[..], d_k),
+                _ => {
+                    let i = part - 2;
+                    let column = 2 * keys * d_k + heads.value(key, i) * d_v;
+                    (column, d_v, &mut v[i * d_v..], v_width)
+                }
+            };
+            let x = &rows[column..];
+            conv1d_silu_isa(s, channels, n, taps, state, x, width, out, stride);
         }
         if let Some(trace) = self.ctx.trace {
-            trace_conv(trace, self.layer.heads, key, first, [q, k, v]);
+            trace_conv(trace, heads, key, first, [q, k, v]);
         }
         for (q, k) in q.chunks_exact_mut(d_k).zip(k.chunks_exact_mut(d_k)) {
             l2_norm_isa(s, 1.0 / (d_k as f32).sqrt(), q);
@@ -178,17 +218,17 @@ impl Unit<'_> {
         let b_col = z_col + self.layer.in_proj_z.width();
         let a_col = b_col + self.layer.in_proj_b.width();
         for (i, value_head) in self.state.values.iter_mut().enumerate() {
-            let head = key * values_per_key + i;
-            let (a_log, dt_bias) = (self.layer.a_log[head], self.layer.dt_bias[head]);
+            let head = heads.value(key, i);
+            let (rate, dt_bias) = (self.layer.rate[head], self.layer.dt_bias[head]);
             gate_values.clear();
             for row in rows.chunks_exact(width).take(n) {
-                gate_values.push(gates(row[a_col + head], row[b_col + head], a_log, dt_bias));
+                gate_values.push(gates(row[a_col + head], row[b_col + head], rate, dt_bias));
             }
             let v = &v[i * d_v..];
             let pending = &self.state.pending;
             value_head.step_isa(s, key_queries, pending, gate_values, d_v, v, v_width, y, d_v);
             if let Some(trace) = self.ctx.trace {
-                let n_heads = self.layer.a_log.len();
+                let n_heads = self.layer.rate.len();
                 let numbered = |rows| (first..).zip(rows);
                 trace.layer_part(
                     "delta_out",
@@ -204,10 +244,14 @@ impl Unit<'_> {
             for (t, y) in y.chunks_exact_mut(d_v).enumerate() {
                 let z = &rows[t * width + z_col + head * d_v..][..d_v];
                 gated_rms_norm_isa(s, z, &self.layer.norm, eps, y);
-                self.y.row(first + t)[i * d_v..][..d_v].copy_from_slice(y);
+                let out = match heads.order {
+                    ValueOrder::Grouped => &mut self.y.row(first + t)[i * d_v..][..d_v],
+                    ValueOrder::Tiled => self.y.row((first + t) * values_per_key + i),
+                };
+                out.copy_from_slice(y);
             }
             if let Some(trace) = self.ctx.trace {
-                let n_heads = self.layer.a_log.len();
+                let n_heads = self.layer.rate.len();
                 let rows = (first..).zip(y.chunks_exact(d_v));
                 trace.layer_part("gated_norm", n_heads * d_v, head * d_v, rows);
             }
@@ -219,14 +263,21 @@ impl Unit<'_> {
 /// Records the convolved q, k and v of a key head, each alone and side by side.
 fn trace_conv(trace: &Trace, heads: Heads, key: usize, first: usize, parts: [&[f32]; 3]) {
     let Heads { keys, values_per_key, d_k, d_v, .. } = heads;
-    let widths = [d_k, d_k, values_per_key * d_v];
-    let conv_dim: usize = widths.iter().map(|w| w * keys).sum();
-    let mut column = 0;
-    for ((name, data), width) in ["q", "k", "v"].into_iter().zip(parts).zip(widths) {
-        let rows = || (first..).zip(data.chunks_exact(width));
-        trace.layer_part(name, keys * width, key * width, rows());
-        trace.layer_part("conv_silu", conv_dim, column + key * width, rows());
-        column += keys * width;
+    let conv_dim = (2 * d_k + values_per_key * d_v) * keys;
+    let [q, k, v] = parts;
+    for (name, data, column) in [("q", q, 0), ("k", k, keys * d_k)] {
+        let rows = || (first..).zip(data.chunks_exact(d_k));
+        trace.layer_part(name, keys * d_k, key * d_k, rows());
+        trace.layer_part("conv_silu", conv_dim, column + key * d_k, rows());
+    }
+    for i in 0..values_per_key {
+        let at = heads.value(key, i) * d_v;
+        let rows = || {
+            let rows = v.chunks_exact(values_per_key * d_v).map(|row| &row[i * d_v..][..d_v]);
+            (first..).zip(rows)
+        };
+        trace.layer_part("v", keys * values_per_key * d_v, at, rows());
+        trace.layer_part("conv_silu", conv_dim, 2 * keys * d_k + at, rows());
     }
 }
 

@@ -117,12 +117,12 @@ pub fn score(ctx: Context<'_>, w: &Matrix, x: &Input, rows: &[usize]) -> Vec<f32
         &mut y,
         PANEL_ROWS,
         (CHUNK_PANELS, PANEL_ROWS),
-        |_| Vec::new(),
-        |product, mut y| {
+        |_| (Vec::new(), Vec::new()),
+        |(buffer, product), mut y| {
             for i in y.rows() {
                 let first = panels[i] * PANEL_ROWS;
                 let rows = first..(first + PANEL_ROWS).min(w.rows);
-                let width = x.product(ctx, w, rows, 0..1, product);
+                let width = x.product(ctx, &w.weights(rows, buffer), 0..1, product);
                 y.row(i)[..width].copy_from_slice(&product[..width]);
             }
         },

@@ -3,6 +3,7 @@
 use super::{Context, FEW_TOKENS};
 use crate::kernels::quantize::QuantTile;
 use crate::kernels::{matmul, norm, planes};
+use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::w8_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
 use crate::tensor::Bytes;
@@ -31,6 +32,64 @@ impl Matrix {
         }
         let bytes = self.format.bytes(1, self.cols);
         crate::tensor::widen(self.format, &self.bytes[row * bytes..][..bytes], out);
+    }
+}
+
+/// Some rows of a matrix in the form that a kernel reads.
+pub(super) enum Weights<'a> {
+    Rows { format: Format, bytes: &'a [u8] },
+    Panels { format: Format, bytes: &'a [u8] },
+    Planes(Planes<'a>),
+}
+
+impl Matrix {
+    /// Some rows, from a multiple of 16. Panels are whole. Blocks of a GGUF file become panels in
+    /// `buffer`, so that their products have the bits of a matrix that was re-ordered before.
+    pub(super) fn weights<'a>(
+        &'a self,
+        rows: Range<usize>,
+        buffer: &'a mut Vec<u8>,
+    ) -> Weights<'a> {
+        let panels = rows.start / PANEL_ROWS..rows.end.div_ceil(PANEL_ROWS);
+        match self.format {
+            Format::W8Planes => Weights::Planes(Planes::new(&self.bytes).panels(panels, self.cols)),
+            Format::Blocks(block) => {
+                let row_bytes = block.row_bytes(self.cols);
+                let format = panel_format(block);
+                let bytes = panel_bytes(format, self.cols);
+                buffer.resize(panels.len() * bytes, 0);
+                for (panel, out) in panels.zip(buffer.chunks_exact_mut(bytes)) {
+                    let first = panel * PANEL_ROWS;
+                    let end = (first + PANEL_ROWS).min(self.rows);
+                    let rows = &self.bytes[first * row_bytes..end * row_bytes];
+                    reorder_panel(block, rows, self.cols, out);
+                }
+                Weights::Panels { format, bytes: buffer }
+            }
+            format if format.is_packed() => {
+                let bytes = panel_bytes(format, self.cols);
+                let bytes = &self.bytes[panels.start * bytes..panels.end * bytes];
+                Weights::Panels { format, bytes }
+            }
+            format => {
+                let bytes = format.bytes(1, self.cols);
+                let bytes = &self.bytes[rows.start * bytes..rows.end * bytes];
+                Weights::Rows { format, bytes }
+            }
+        }
+    }
+}
+
+impl Weights<'_> {
+    /// Outputs of a product: the rows, or those of whole panels.
+    fn width(&self, cols: usize) -> usize {
+        match self {
+            Weights::Rows { format, bytes } => bytes.len() / format.bytes(1, cols),
+            Weights::Panels { format, bytes } => {
+                bytes.len() / panel_bytes(*format, cols) * PANEL_ROWS
+            }
+            Weights::Planes(planes) => planes.rows(cols),
+        }
     }
 }
 
@@ -76,7 +135,7 @@ impl Input {
     /// Quantises the rows, if one of the matrices that will read them wants it.
     pub fn prepare(&mut self, ctx: Context<'_>, matrices: &[&Matrix]) {
         debug_assert!(matrices.iter().all(|m| m.cols == self.cols));
-        if !matrices.iter().any(|m| m.format.is_packed()) {
+        if !matrices.iter().any(|m| m.format.is_quantised()) {
             return;
         }
         let (cols, tile) = (self.cols, ctx.cpu.tile_tokens());
@@ -105,39 +164,30 @@ impl Input {
 
     /// Products of some rows of a matrix with the tokens of one tile.
     ///
-    /// rows: from a multiple of 16; y: [tokens of the tile, rows.len()], where a packed matrix
-    /// counts whole panels. Returns the width of y.
+    /// y: becomes [tokens of the tile, width], where packed weights count whole panels. Returns the
+    /// width.
     pub(super) fn product(
         &self,
         ctx: Context<'_>,
-        matrix: &Matrix,
-        rows: Range<usize>,
+        weights: &Weights<'_>,
         tokens: Range<usize>,
         y: &mut Vec<f32>,
     ) -> usize {
         let cols = self.cols;
-        if matrix.format.is_packed() {
-            let panels = rows.start / PANEL_ROWS..rows.end.div_ceil(PANEL_ROWS);
-            let width = panels.len() * PANEL_ROWS;
-            y.resize(tokens.len() * width, 0.0);
-            let tile = &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
-            if matrix.format == Format::W8Planes {
-                let panels = Planes::new(&matrix.bytes).panels(panels, cols);
-                planes::product(ctx.cpu, panels, cols, tile, y);
-            } else {
-                let bytes = panel_bytes(matrix.format, cols);
-                let panels = &matrix.bytes[panels.start * bytes..panels.end * bytes];
-                matmul::packed(ctx.cpu, matrix.format, panels, cols, tile, y);
+        let width = weights.width(cols);
+        y.resize(tokens.len() * width, 0.0);
+        let tile = || &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
+        match *weights {
+            Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), y),
+            Weights::Panels { format, bytes } => {
+                matmul::packed(ctx.cpu, format, bytes, cols, tile(), y);
             }
-            width
-        } else {
-            let bytes = matrix.format.bytes(1, cols);
-            y.resize(tokens.len() * rows.len(), 0.0);
-            let w = &matrix.bytes[rows.start * bytes..rows.end * bytes];
-            let x = &self.rows[tokens.start * cols..tokens.end * cols];
-            matmul::float(ctx.cpu, matrix.format, w, cols, x, y);
-            rows.len()
+            Weights::Rows { format, bytes } => {
+                let x = &self.rows[tokens.start * cols..tokens.end * cols];
+                matmul::float(ctx.cpu, format, bytes, cols, x, y);
+            }
         }
+        width
     }
 }
 
@@ -174,17 +224,18 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
         y,
         width,
         (tokens, cols),
-        |_| Vec::new(),
-        |product, mut y| {
+        |_| (Vec::new(), Vec::new()),
+        |(buffer, product), mut y| {
             let mut first = 0;
             for matrix in matrices {
                 let start = y.cols().start.max(first);
                 let end = y.cols().end.min(first + matrix.rows);
                 if start < end {
                     let rows = start - first..end - first;
+                    let weights = matrix.weights(rows.clone(), buffer);
                     for t in (0..tokens).step_by(tile_tokens) {
                         let tile = t..(t + tile_tokens).min(tokens);
-                        let n = x.product(ctx, matrix, rows.clone(), tile.clone(), product);
+                        let n = x.product(ctx, &weights, tile.clone(), product);
                         let offset = start - y.cols().start;
                         for (t, product) in tile.zip(product.chunks_exact(n)) {
                             let out = &mut y.row(t)[offset..][..rows.len()];
@@ -210,12 +261,16 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
     // A chunk reads both matrices, so half the columns hold the same bytes.
     let cols = (chunk_cols(ctx, &[gate, up], tokens) / 2).next_multiple_of(PANEL_ROWS);
     let tile_tokens = ctx.cpu.tile_tokens();
-    let init = |_| (Vec::new(), Vec::new());
-    ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(gates, ups), mut y| {
+    let init = |_| ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(buffers, products), mut y| {
+        let [gate_buffer, up_buffer] = buffers;
+        let [gates, ups] = products;
+        let gate = gate.weights(y.cols(), gate_buffer);
+        let up = up.weights(y.cols(), up_buffer);
         for t in (0..tokens).step_by(tile_tokens) {
             let tile = t..(t + tile_tokens).min(tokens);
-            let gate_width = x.product(ctx, gate, y.cols(), tile.clone(), gates);
-            let up_width = x.product(ctx, up, y.cols(), tile.clone(), ups);
+            let gate_width = x.product(ctx, &gate, tile.clone(), gates);
+            let up_width = x.product(ctx, &up, tile.clone(), ups);
             let rows = gates.chunks_exact(gate_width).zip(ups.chunks_exact(up_width));
             for (t, (gates, ups)) in tile.zip(rows) {
                 let y = y.row(t);

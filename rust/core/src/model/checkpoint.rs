@@ -5,15 +5,14 @@
 //! and the vision tower are each there as a whole or not at all.
 
 use super::config::Config;
-use super::tensors::{
-    Role, Storage, TensorSpec, canonical_name, mtp_tensors, text_tensors, vision_tensors,
-};
+use super::recipe::Storage;
+use super::tensors::{Role, TensorSpec, canonical_name, mtp_tensors, text_tensors, vision_tensors};
 use crate::error::{Error, Result};
 use crate::files::container::{self, ALIGNMENT, Info};
 use crate::files::folder::{Folder, mlx};
 use crate::files::mmap::Mapping;
 use crate::files::safetensors::read_header;
-use crate::files::{FileTensor, SourceFile, file_name, shape_text};
+use crate::files::{Convention, FileTensor, SourceFile, file_name, shape_text};
 use crate::quant::{Format, Quant};
 use crate::tensor::{Bytes, Dtype, Tensor};
 use std::collections::{BTreeMap, HashMap};
@@ -27,6 +26,8 @@ pub struct Checkpoint {
     pub config_json: String,
     /// What its matrices were converted to.
     pub quant: Quant,
+    /// What its numbers mean.
+    pub convention: Convention,
     name: String,
     metadata: BTreeMap<String, String>,
     specs: Vec<TensorSpec>,
@@ -54,11 +55,12 @@ impl Checkpoint {
         let Folder { config_json, tensors, unlisted, mappings, sources } = Folder::open(path)?;
         let config = Config::from_json(&config_json, "config.json")?;
         let name = path.display().to_string();
-        let (specs, tensors, listing) = bind(&config, Quant::None, &name, tensors, unlisted)?;
+        let (specs, tensors, listing) = bind(&config, false, &name, tensors, unlisted)?;
         Ok(Checkpoint {
             config,
             config_json,
             quant: Quant::None,
+            convention: Convention::Transformers,
             name,
             metadata: BTreeMap::new(),
             specs,
@@ -71,10 +73,16 @@ impl Checkpoint {
     }
 
     fn open_file(path: &Path) -> Result<Checkpoint> {
-        let (mapping, name) = (Mapping::open(path)?, file_name(path));
-        let bytes = mapping.bytes();
+        let mapping = Mapping::open(path)?;
+        let checkpoint = Checkpoint::open_converted(mapping.bytes(), file_name(path))?;
+        Ok(Checkpoint { mappings: vec![mapping], ..checkpoint })
+    }
+
+    /// Opens a converted file that lies in memory. name: for errors.
+    pub fn open_converted(bytes: Bytes, name: String) -> Result<Checkpoint> {
         let header = read_header(&bytes, &name)?;
-        let Info { quant, config_json, sources } = Info::from_metadata(&header.metadata, &name)?;
+        let Info { quant, convention, config_json, sources } =
+            Info::from_metadata(&header.metadata, &name)?;
         let config = Config::from_json(&config_json, &format!("{name}: config.json"))?;
         let (mut found, mut attachments) = (Vec::new(), BTreeMap::new());
         for entry in header.entries {
@@ -95,11 +103,12 @@ impl Checkpoint {
                 found.push(FileTensor { name: entry.name, dtype, shape, bytes, file });
             }
         }
-        let (specs, tensors, listing) = bind(&config, quant, &name, found, Vec::new())?;
+        let (specs, tensors, listing) = bind(&config, true, &name, found, Vec::new())?;
         Ok(Checkpoint {
             config,
             config_json,
             quant,
+            convention,
             name,
             metadata: header.metadata,
             specs,
@@ -107,8 +116,13 @@ impl Checkpoint {
             attachments,
             listing,
             sources,
-            mappings: vec![mapping],
+            mappings: Vec::new(),
         })
+    }
+
+    /// What errors call it.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// A tensor of the model. Names are those of the table; a packed matrix of a converted file
@@ -129,8 +143,9 @@ impl Checkpoint {
     pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
         let wrong = |text: String| Error::File(format!("{}{text}", self.place(name)));
         let tensor = self.tensor(name).ok_or_else(|| wrong(" is missing".to_owned()))?;
-        if tensor.dtype == Dtype::U8 {
-            return Err(wrong(": dtype U8, expected BF16, F16 or F32".to_owned()));
+        if !tensor.dtype.is_float() {
+            let found = tensor.dtype.name();
+            return Err(wrong(format!(": dtype {found}, expected BF16, F16 or F32")));
         }
         let values = tensor.to_f32();
         match values.iter().position(|x| !x.is_finite()) {
@@ -147,7 +162,7 @@ impl Checkpoint {
         // Reading a file that was cut short would end the process.
         self.check_unchanged()?;
         let mut small = self.specs.iter().filter(|spec| spec.role == Role::Small);
-        small.try_for_each(|spec| self.floats(&spec.stored_name(self.quant)).map(drop))
+        small.try_for_each(|spec| self.floats(&spec.name).map(drop))
     }
 
     /// The tensors of the model that are there, in the order of their use.
@@ -187,8 +202,8 @@ impl Checkpoint {
     /// dtype, or format of a packed matrix, shape, bytes, file.
     pub fn listing(&self) -> Vec<(String, String, Vec<usize>, usize, String)> {
         let row = |t: &FileTensor| {
-            let packed = Format::PACKED.map(Format::name).into_iter();
-            let format = packed
+            let format = Format::all_quantised()
+                .map(Format::name)
                 .filter(|_| self.quant != Quant::None)
                 .find(|format| t.name.ends_with(&format!(".{format}")));
             let dtype = format.unwrap_or(&t.dtype).to_owned();
@@ -218,10 +233,11 @@ type Found = (Vec<TensorSpec>, HashMap<String, Bound>, Vec<FileTensor>);
 
 /// Finds the tensors of the model among those of the files.
 ///
-/// place: what the tensors come from, for errors; found: with unique names; ignored: only listed.
+/// converted: whether they are those of a converted file, which has its own names and formats; place:
+/// what the tensors come from, for errors; found: with unique names; ignored: only listed.
 fn bind(
     config: &Config,
-    quant: Quant,
+    converted: bool,
     place: &str,
     found: Vec<FileTensor>,
     ignored: Vec<FileTensor>,
@@ -230,16 +246,15 @@ fn bind(
     let mut twice: HashMap<String, &FileTensor> = HashMap::new();
     for tensor in &found {
         // Names in a converted file are canonical.
-        let name = match quant {
-            Quant::None => canonical_name(&tensor.name),
-            Quant::W4 | Quant::W8 => tensor.name.clone(),
-        };
+        let name = if converted { tensor.name.clone() } else { canonical_name(&tensor.name) };
         if let Some(other) = by_name.insert(name.clone(), tensor) {
             twice.insert(name, other);
         }
     }
 
-    let present = |spec: &TensorSpec| by_name.contains_key(&spec.stored_name(quant));
+    let present = |spec: &TensorSpec| {
+        storages(spec, converted).any(|storage| by_name.contains_key(&storage.name(spec)))
+    };
     let mut specs = text_tensors(config);
     let vision = config.vision.as_ref().map(vision_tensors).unwrap_or_default();
     for optional in [mtp_tensors(config), vision] {
@@ -249,8 +264,21 @@ fn bind(
     }
     let mut tensors = HashMap::with_capacity(specs.len());
     for spec in &specs {
-        let name = spec.stored_name(quant);
-        let tensor = by_name.get(&name).ok_or_else(|| missing(config, place, &name))?;
+        let mut there = storages(spec, converted).filter_map(|storage| {
+            let name = storage.name(spec);
+            by_name.get(&name).map(|tensor| (storage, name, *tensor))
+        });
+        let (storage, name, tensor) =
+            there.next().ok_or_else(|| missing(config, place, &spec.name))?;
+        if let Some((.., other)) = there.next() {
+            return Err(Error::File(format!(
+                "{}: is `{}`, and so is tensor `{}` of {}",
+                tensor.place(),
+                spec.name,
+                other.name,
+                other.file
+            )));
+        }
         if let Some(other) = twice.get(&name) {
             return Err(Error::File(format!(
                 "{}: is `{name}`, and so is tensor `{}` of {}",
@@ -260,12 +288,23 @@ fn bind(
             )));
         }
         let place = tensor.place();
-        tensors.insert(name, Bound { tensor: check(config, quant, spec, tensor)?, place });
+        tensors.insert(name, Bound { tensor: check(config, spec, storage, tensor)?, place });
     }
     refuse_companions(&tensors, &by_name)?;
     let mut listing = found;
     listing.extend(ignored);
     Ok((specs, tensors, listing))
+}
+
+/// How a tensor may be stored.
+fn storages(spec: &TensorSpec, converted: bool) -> impl Iterator<Item = Storage> {
+    let small = spec.role == Role::Small;
+    let plain = if converted && small { Storage::F32 } else { Storage::AsIs };
+    let coded = Format::all_quantised()
+        .filter(move |_| converted && !small)
+        .filter(|format| spec.role != Role::Vision && format.takes_cols(spec.rows_cols().1))
+        .map(Storage::Coded);
+    std::iter::once(plain).chain(coded)
 }
 
 fn missing(config: &Config, place: &str, name: &str) -> Error {
@@ -280,28 +319,32 @@ fn missing(config: &Config, place: &str, name: &str) -> Error {
 }
 
 /// Checks dtype and shape of a tensor.
-fn check(config: &Config, quant: Quant, spec: &TensorSpec, found: &FileTensor) -> Result<Tensor> {
+fn check(
+    config: &Config,
+    spec: &TensorSpec,
+    storage: Storage,
+    found: &FileTensor,
+) -> Result<Tensor> {
     let place = found.place();
     let kernel = config.linear_conv_kernel_dim;
     if spec.name.ends_with("conv1d.weight") && kernel != 1 && found.shape.last() == Some(&1) {
         let transposed = format!("shape {}, expected {:?}", shape_text(&found.shape), spec.shape);
         return Err(mlx(&place, &transposed));
     }
-    let storage = spec.role.storage(quant);
     let expected = match storage {
         Storage::AsIs => "BF16, F16 or F32",
         Storage::F32 => "F32",
-        Storage::Packed(_) => "U8",
+        Storage::Coded(_) => "U8",
     };
     let fits = |dtype: &Dtype| match storage {
-        Storage::AsIs => *dtype != Dtype::U8,
+        Storage::AsIs => dtype.is_float(),
         Storage::F32 => *dtype == Dtype::F32,
-        Storage::Packed(_) => *dtype == Dtype::U8,
+        Storage::Coded(_) => *dtype == Dtype::U8,
     };
     let dtype = found.known_dtype().filter(fits).ok_or_else(|| {
         Error::File(format!("{place}: dtype {}, expected {expected}", found.dtype))
     })?;
-    let shape = spec.stored_shape(quant);
+    let shape = storage.shape(spec);
     if found.shape != shape {
         return Err(Error::File(format!(
             "{place}: shape {}, expected {shape:?}",

@@ -1,7 +1,8 @@
 //! Random weights at the shapes of a config, for benchmarks that need no files.
 
 use super::config::Config;
-use super::tensors::{Role, Storage, TensorSpec, text_tensors};
+use super::recipe::{self, Storage};
+use super::tensors::{Role, TensorSpec, text_tensors};
 use super::weights::Source;
 use crate::error::{Error, Result};
 use crate::quant::{Format, Quant};
@@ -24,15 +25,16 @@ impl Synthetic {
         let specs = text_tensors(config);
         let tensors = specs.iter().enumerate().map(|(i, spec)| {
             let seed = seed ^ ((i as u64) << 32);
-            Ok((spec.stored_name(quant), random_tensor(spec, quant, seed)?))
+            let storage = recipe::storage(quant, spec, Dtype::Bf16)?;
+            Ok((storage.name(spec), random_tensor(spec, storage, seed)?))
         });
         Ok(Synthetic { tensors: tensors.collect::<Result<_>>()? })
     }
 }
 
-fn random_tensor(spec: &TensorSpec, quant: Quant, seed: u64) -> Result<Tensor> {
-    let (format, dtype) = match spec.role.storage(quant) {
-        Storage::Packed(format) => (format, Dtype::U8),
+fn random_tensor(spec: &TensorSpec, storage: Storage, seed: u64) -> Result<Tensor> {
+    let (format, dtype) = match storage {
+        Storage::Coded(format) => (format, Dtype::U8),
         Storage::AsIs => (Format::Bf16, Dtype::Bf16),
         Storage::F32 => (Format::F32, Dtype::F32),
     };
@@ -55,7 +57,7 @@ fn random_tensor(spec: &TensorSpec, quant: Quant, seed: u64) -> Result<Tensor> {
             random.fill_plane(format, plane, scale, bytes);
         });
     }
-    Ok(Tensor { dtype, shape: spec.stored_shape(quant), bytes: Bytes::from(buffer) })
+    Ok(Tensor { dtype, shape: storage.shape(spec), bytes: Bytes::from(buffer) })
 }
 
 impl Source for Synthetic {

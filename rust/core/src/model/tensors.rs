@@ -1,13 +1,12 @@
-//! The tensors of a model: names, shapes, and how each is stored in a converted file.
+//! The tensors of a model: names, shapes, and what they do.
 //!
 //! Names are canonical: text tensors without the prefix that checkpoints put before them
 //! (`layers.0.mlp.up_proj.weight`), the others as `mtp.…` and `visual.…`. Shapes are slowest
 //! axis first; a matrix is [outputs, inputs].
 
 use super::config::{Config, LayerType, VisionConfig};
-use crate::quant::{Format, PANEL_ROWS, Quant, panel_bytes};
 
-/// What a tensor does, as far as its storage depends on it.
+/// What a tensor does, as far as its storage depends on it; see [`super::recipe`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
     /// embed_tokens, which is the head too if the model is tied.
@@ -28,35 +27,6 @@ pub enum Role {
     /// Norms, convolution taps, A_log, dt_bias.
     Small,
     Vision,
-}
-
-/// How a tensor is stored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Storage {
-    /// With the dtype that the checkpoint has.
-    AsIs,
-    F32,
-    Packed(Format),
-}
-
-impl Role {
-    /// The recipe "balanced". out_proj moves the output most, attention next, gate and up least;
-    /// decay and write strength are a thousandth of the weights.
-    pub fn storage(self, quant: Quant) -> Storage {
-        let narrow = match quant {
-            Quant::None => return Storage::AsIs,
-            Quant::W8 => Format::W8,
-            Quant::W4 => Format::W4,
-        };
-        match self {
-            Role::Mlp | Role::LinearInput | Role::Query => Storage::Packed(narrow),
-            Role::LinearOutput | Role::KeyValue | Role::MtpInput => Storage::Packed(Format::W8),
-            // In two planes, so that rows can be screened with one of them.
-            Role::Embedding | Role::Head => Storage::Packed(Format::W8Planes),
-            Role::LinearGate | Role::Vision => Storage::AsIs,
-            Role::Small => Storage::F32,
-        }
-    }
 }
 
 /// A tensor that a model has.
@@ -86,30 +56,6 @@ impl TensorSpec {
             _ => (1, self.shape.iter().product()),
         }
     }
-
-    /// The name in a converted file: packed matrices end in their format.
-    pub fn stored_name(&self, quant: Quant) -> String {
-        match self.role.storage(quant) {
-            Storage::Packed(format) => packed_name(&self.name, format),
-            Storage::AsIs | Storage::F32 => self.name.clone(),
-        }
-    }
-
-    /// The shape in a converted file: a packed matrix is [panels, bytes of a panel in all planes].
-    pub fn stored_shape(&self, quant: Quant) -> Vec<usize> {
-        match self.role.storage(quant) {
-            Storage::Packed(format) => {
-                let (rows, cols) = self.rows_cols();
-                vec![rows.div_ceil(PANEL_ROWS), panel_bytes(format, cols)]
-            }
-            Storage::AsIs | Storage::F32 => self.shape.clone(),
-        }
-    }
-}
-
-fn packed_name(name: &str, format: Format) -> String {
-    let stem = name.strip_suffix(".weight").expect("a packed tensor is called weight");
-    format!("{stem}.{}", format.name())
 }
 
 /// Tensors of the text model, in the order of their use.
@@ -322,31 +268,5 @@ mod tests {
         ] {
             assert_eq!(canonical_name(name), canonical);
         }
-    }
-
-    #[test]
-    fn recipe() {
-        let config = config(&SIZES[0]);
-        let text = text_tensors(&config);
-        let stored = |name: &str| {
-            let spec = text.iter().find(|t| t.name == name).expect(name);
-            (spec.stored_name(Quant::W4), spec.stored_shape(Quant::W4))
-        };
-        assert_eq!(
-            stored("layers.0.mlp.up_proj.weight"),
-            ("layers.0.mlp.up_proj.w4".to_owned(), vec![3584 / 16, 1024 / 64 * 576])
-        );
-        assert_eq!(
-            stored("layers.0.linear_attn.out_proj.weight"),
-            ("layers.0.linear_attn.out_proj.w8".to_owned(), vec![1024 / 16, 2048 / 64 * 1088])
-        );
-        assert_eq!(
-            stored("layers.0.linear_attn.in_proj_a.weight"),
-            ("layers.0.linear_attn.in_proj_a.weight".to_owned(), vec![16, 1024])
-        );
-        assert_eq!(
-            stored("embed_tokens.weight"),
-            ("embed_tokens.w8_planes".to_owned(), vec![248_320 / 16, 1024 / 64 * 1088])
-        );
     }
 }

@@ -3,9 +3,10 @@
 use super::checkpoint::Checkpoint;
 use super::config::{Config, LayerType};
 use crate::error::{Error, Result};
+use crate::files::Convention;
 use crate::layers::attention::{self, Attention};
 use crate::layers::block::{Block, Mixer};
-use crate::layers::gated_delta_net::{self, GatedDeltaNet};
+use crate::layers::gated_delta_net::{self, GatedDeltaNet, ValueOrder};
 use crate::layers::linear::Matrix;
 use crate::layers::mlp::Mlp;
 use crate::quant::Format;
@@ -18,6 +19,11 @@ use crate::tensor::Tensor;
 pub trait Source: Send + Sync {
     fn tensor(&self, name: &str) -> Option<Tensor>;
 
+    /// What the numbers of the tensors mean.
+    fn convention(&self) -> Convention {
+        Convention::Transformers
+    }
+
     /// An error if the files behind the tensors are not what they were.
     fn check_unchanged(&self) -> Result<()>;
 }
@@ -25,6 +31,10 @@ pub trait Source: Send + Sync {
 impl Source for Checkpoint {
     fn tensor(&self, name: &str) -> Option<Tensor> {
         self.tensor(name).cloned()
+    }
+
+    fn convention(&self) -> Convention {
+        self.convention
     }
 
     fn check_unchanged(&self) -> Result<()> {
@@ -36,7 +46,7 @@ impl Source for Checkpoint {
 pub struct Weights {
     pub embed_tokens: Matrix,
     pub blocks: Vec<Block>,
-    pub norm: Vec<f32>, // [hidden], 1 + the stored weight
+    pub norm: Vec<f32>, // [hidden], 1 added
     pub lm_head: Matrix,
 }
 
@@ -85,7 +95,7 @@ impl Binder<'_> {
 
     /// The matrix `name`, in whatever format the source has it.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        for format in Format::PACKED {
+        for format in Format::all_quantised() {
             if let Some(tensor) = self.source.tensor(&format!("{name}.{}", format.name())) {
                 return Ok(Matrix { format, rows, cols, bytes: tensor.bytes });
             }
@@ -104,11 +114,22 @@ impl Binder<'_> {
         Ok(self.find(name)?.to_f32())
     }
 
-    /// A norm weight stored around zero: 1 + w.
+    /// A norm weight that a checkpoint stores around zero: 1 + w.
     fn zero_centred(&self, name: &str) -> Result<Vec<f32>> {
         let mut w = self.vector(name)?;
-        w.iter_mut().for_each(|w| *w += 1.0);
+        if self.source.convention() == Convention::Transformers {
+            w.iter_mut().for_each(|w| *w += 1.0);
+        }
         Ok(w)
+    }
+
+    /// -exp(A_log).
+    fn rate(&self, name: &str) -> Result<Vec<f32>> {
+        let mut a = self.vector(name)?;
+        if self.source.convention() == Convention::Transformers {
+            a.iter_mut().for_each(|a| *a = -a.exp());
+        }
+        Ok(a)
     }
 
     fn block(&self, i: usize) -> Result<Block> {
@@ -138,32 +159,36 @@ impl Binder<'_> {
         let hidden = config.hidden_size;
         let name = |part: &str| format!("layers.{i}.linear_attn.{part}");
         let value_heads = config.linear_num_value_heads;
+        let heads = gated_delta_net::Heads {
+            keys: config.linear_num_key_heads,
+            values_per_key: config.values_per_key(),
+            order: match self.source.convention() {
+                Convention::Transformers => ValueOrder::Grouped,
+                Convention::Gguf => ValueOrder::Tiled,
+            },
+            d_k: config.linear_key_head_dim,
+            d_v: config.linear_value_head_dim,
+            eps: config.rms_norm_eps,
+        };
         Ok(GatedDeltaNet {
             in_proj_qkv: self.matrix(&name("in_proj_qkv"), config.conv_dim(), hidden)?,
             in_proj_z: self.matrix(&name("in_proj_z"), config.value_dim(), hidden)?,
             in_proj_b: self.matrix(&name("in_proj_b"), value_heads, hidden)?,
             in_proj_a: self.matrix(&name("in_proj_a"), value_heads, hidden)?,
-            conv1d: self.taps(&self.vector(&name("conv1d.weight"))?),
-            a_log: self.vector(&name("A_log"))?,
+            conv1d: self.taps(heads, &self.vector(&name("conv1d.weight"))?),
+            rate: self.rate(&name("A_log"))?,
             dt_bias: self.vector(&name("dt_bias"))?,
             norm: self.vector(&name("norm.weight"))?,
             out_proj: self.matrix(&name("out_proj"), hidden, config.value_dim())?,
-            heads: gated_delta_net::Heads {
-                keys: config.linear_num_key_heads,
-                values_per_key: config.values_per_key(),
-                d_k: config.linear_key_head_dim,
-                d_v: config.linear_value_head_dim,
-                eps: config.rms_norm_eps,
-            },
+            heads,
         })
     }
 
-    /// Convolution weights [conv_dim, kernel] by key head, as [kernel, channels] of q, k and v.
-    fn taps(&self, weight: &[f32]) -> Vec<[Vec<f32>; 3]> {
-        let config = self.config;
-        let kernel = config.linear_conv_kernel_dim;
-        let (d_k, key_dim) = (config.linear_key_head_dim, config.key_dim());
-        let v_width = config.values_per_key() * config.linear_value_head_dim;
+    /// Convolution weights [conv_dim, kernel] by key head, as [kernel, channels] of q, of k and of
+    /// the v of each value head.
+    fn taps(&self, heads: gated_delta_net::Heads, weight: &[f32]) -> Vec<Vec<Vec<f32>>> {
+        let kernel = self.config.linear_conv_kernel_dim;
+        let gated_delta_net::Heads { keys, values_per_key, d_k, d_v, .. } = heads;
         let part = |first: usize, channels: usize| {
             let mut taps = vec![0.0; kernel * channels];
             for (j, taps) in taps.chunks_exact_mut(channels).enumerate() {
@@ -173,13 +198,12 @@ impl Binder<'_> {
             }
             taps
         };
-        (0..config.linear_num_key_heads)
+        (0..keys)
             .map(|key| {
-                [
-                    part(key * d_k, d_k),
-                    part(key_dim + key * d_k, d_k),
-                    part(2 * key_dim + key * v_width, v_width),
-                ]
+                let mut parts = vec![part(key * d_k, d_k), part((keys + key) * d_k, d_k)];
+                let first = |i| 2 * keys * d_k + heads.value(key, i) * d_v;
+                parts.extend((0..values_per_key).map(|i| part(first(i), d_v)));
+                parts
             })
             .collect()
     }

@@ -1,17 +1,22 @@
 //! Weight formats: how a matrix lies in memory, and how a kernel reads it.
 //!
-//! Float matrices are row-major as the checkpoint holds them ([`float`]). The quantised formats
-//! [`w4`] and [`w8`] cut a matrix into panels of 16 output rows, so that one vector holds one
-//! value of each row and no product needs a horizontal sum. The columns of a panel are cut into
-//! groups of 32 with one scale per row and group; two groups make a block. Rows are padded to a
-//! whole panel and columns to a whole block, with codes that mean zero. [`w8_planes`] keeps the
-//! high and the low half of W8 codes apart.
+//! Float matrices are row-major as the checkpoint holds them ([`float`]), and so are the blocks of
+//! GGUF files ([`ggml`]). The formats that kernels multiply with cut a matrix into panels of 16
+//! output rows, so that one vector holds one value of each row and no product needs a horizontal
+//! sum. The columns of a panel are cut into groups of 32, and a few groups make a block: two in
+//! [`w4`], [`w8`], [`w4_nl`] and [`w8_affine`], eight in those of [`k`]. Rows are padded to a whole
+//! panel and columns to a whole block, with codes that mean zero. [`w8_planes`] keeps the high and
+//! the low half of W8 codes apart. [`reorder`] makes panels of a GGUF file's blocks.
 
 pub mod float;
 pub mod ggml;
+pub mod k;
+pub mod reorder;
 mod scale_search;
 pub mod w4;
+pub mod w4_nl;
 pub mod w8;
+pub mod w8_affine;
 pub mod w8_planes;
 
 use crate::error::{Error, Result};
@@ -24,9 +29,9 @@ pub use ggml::BlockType;
 
 /// Output rows of a panel.
 pub const PANEL_ROWS: usize = LANES;
-/// Columns that share a scale.
+/// Columns of a group.
 pub const GROUP: usize = 32;
-/// Columns of a block.
+/// Columns of a block of two groups; activations are padded to as many.
 pub const BLOCK: usize = 2 * GROUP;
 /// Dot products of four columns in a group, and in a block.
 pub const GROUP_STEPS: usize = GROUP / 4;
@@ -39,6 +44,8 @@ pub enum Quant {
     None,
     W8,
     W4,
+    /// As a GGUF file has them, in panels.
+    Gguf,
 }
 
 impl FromStr for Quant {
@@ -48,7 +55,10 @@ impl FromStr for Quant {
             "none" => Ok(Quant::None),
             "w8" => Ok(Quant::W8),
             "w4" => Ok(Quant::W4),
-            _ => Err(Error::Argument(format!("quant is `{name}`, expected one of: none, w8, w4"))),
+            "gguf" => Ok(Quant::Gguf),
+            _ => Err(Error::Argument(format!(
+                "quant is `{name}`, expected one of: none, w8, w4, gguf"
+            ))),
         }
     }
 }
@@ -59,6 +69,7 @@ impl fmt::Display for Quant {
             Quant::None => "none",
             Quant::W8 => "w8",
             Quant::W4 => "w4",
+            Quant::Gguf => "gguf",
         })
     }
 }
@@ -71,17 +82,36 @@ pub enum Format {
     F32,
     W8,
     W8Planes,
+    W8Affine,
     W4,
+    W4Nl,
+    W4K,
+    W5K,
+    W6K,
     /// Rows of blocks as a GGUF file has them.
     Blocks(BlockType),
 }
 
 impl Format {
-    pub const PACKED: [Format; 3] = [Format::W8, Format::W8Planes, Format::W4];
+    pub const PACKED: [Format; 8] = [
+        Format::W8,
+        Format::W8Planes,
+        Format::W8Affine,
+        Format::W4,
+        Format::W4Nl,
+        Format::W4K,
+        Format::W5K,
+        Format::W6K,
+    ];
 
     /// Whether the matrix is in panels of quantised blocks.
     pub fn is_packed(self) -> bool {
         Format::PACKED.contains(&self)
+    }
+
+    /// Whether the matrix is multiplied with activations of eight bits.
+    pub fn is_quantised(self) -> bool {
+        self.is_packed() || matches!(self, Format::Blocks(_))
     }
 
     pub fn name(self) -> &'static str {
@@ -91,8 +121,27 @@ impl Format {
             Format::F32 => "f32",
             Format::W8 => "w8",
             Format::W8Planes => "w8_planes",
+            Format::W8Affine => "w8_affine",
             Format::W4 => "w4",
+            Format::W4Nl => "w4_nl",
+            Format::W4K => "w4_k",
+            Format::W5K => "w5_k",
+            Format::W6K => "w6_k",
             Format::Blocks(block) => block.format_name(),
+        }
+    }
+
+    /// All formats whose codes have scales: panels, then rows of blocks.
+    pub fn all_quantised() -> impl Iterator<Item = Format> {
+        Format::PACKED.into_iter().chain(BlockType::ALL.map(Format::Blocks))
+    }
+
+    /// Whether rows of `cols` columns can have this format.
+    pub fn takes_cols(self, cols: usize) -> bool {
+        match self {
+            Format::W4K | Format::W5K | Format::W6K => cols.is_multiple_of(k::SUPER),
+            Format::Blocks(block) => cols.is_multiple_of(block.cols()),
+            _ => true,
         }
     }
 
@@ -101,8 +150,8 @@ impl Format {
         match self {
             Format::Bf16 | Format::F16 => 2 * rows * cols,
             Format::F32 => 4 * rows * cols,
-            Format::W8 | Format::W8Planes | Format::W4 => packed_bytes(self, rows, cols),
             Format::Blocks(block) => rows * block.row_bytes(cols),
+            _ => rows.div_ceil(PANEL_ROWS) * panel_bytes(self, cols),
         }
     }
 
@@ -119,45 +168,133 @@ impl Format {
     }
 }
 
+/// Int8 activations of a group of columns for M tokens, tokens innermost.
+#[derive(Clone, Copy)]
+pub struct Group<'a, const M: usize> {
+    /// Four columns a step.
+    pub codes: &'a [[[i8; 4]; M]; GROUP_STEPS],
+    /// The sum of each token's codes.
+    pub sums: &'a [i32; M],
+    /// The sum of the first 16 of them.
+    pub halves: &'a [i32; M],
+    pub scales: &'a [f32; M],
+}
+
+impl<const M: usize> Group<'_, M> {
+    /// The sum of the codes of one half of the columns.
+    #[inline(always)]
+    fn half_sum(&self, half: usize, token: usize) -> i32 {
+        if half == 0 { self.halves[token] } else { self.sums[token] - self.halves[token] }
+    }
+}
+
 /// A format of quantised panels, as the kernels see it.
 pub trait Packed {
-    /// `[u8; N]`: 16 rows x 64 columns, scales included.
+    /// `[u8; N]`: 16 rows of `GROUPS` groups, scales included.
     type Block: AsRef<[u8]> + 'static;
+    /// Groups of a block.
+    const GROUPS: usize;
 
     /// Cuts the bytes of a panel into blocks.
     fn blocks(panel: &[u8]) -> &[Self::Block];
 
-    /// The scales of group `g` (0 or 1) of a block, a row a lane.
-    fn scales<S: Isa>(s: S, block: &Self::Block, g: usize) -> S::F;
-
-    /// Exact integer dot products of group `g` of a block with M tokens.
-    ///
-    /// x: the block's columns, four a step, tokens innermost; sums: the sum of each token's 32
-    /// values in this group.
-    fn dot<S: Isa, const M: usize>(
+    /// Adds the products of group `g` of a block with M tokens, a row a lane. Sums of codes are
+    /// exact integers.
+    fn add<S: Isa, const M: usize>(
         s: S,
         block: &Self::Block,
         g: usize,
-        x: &[[[i8; 4]; M]; BLOCK_STEPS],
-        sums: &[i32; M],
-    ) -> [S::I; M];
-
-    /// Quantises one group of up to 16 rows into a block. w: 32 vectors, a row a lane.
-    fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize);
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    );
 
     /// The value of a code.
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32;
 }
 
+/// A format of quantised panels that numbers can be rounded to.
+pub trait Encode: Packed {
+    /// Quantises one group of up to 16 rows into a block. w: 32 vectors, a row a lane.
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize);
+}
+
+/// acc += dots times the scales of weights and activations.
+#[inline(always)]
+fn add_scaled<S: Isa, const M: usize>(
+    s: S,
+    dots: [S::I; M],
+    scales: S::F,
+    x: &[f32; M],
+    acc: &mut [S::F; M],
+) {
+    for m in 0..M {
+        acc[m] = s.fma(s.to_f32(dots[m]), s.mul(scales, s.splat(x[m])), acc[m]);
+    }
+}
+
+/// acc -= what an offset below all weights of a group takes away.
+#[inline(always)]
+fn subtract_offsets<S: Isa, const M: usize>(
+    s: S,
+    offsets: S::F,
+    x: Group<'_, M>,
+    acc: &mut [S::F; M],
+) {
+    for m in 0..M {
+        acc[m] = s.fma(offsets, s.splat(-x.scales[m] * x.sums[m] as f32), acc[m]);
+    }
+}
+
+/// acc += the products of 16 columns, one half of a group, with codes up to 127 less `zero`.
+#[inline(always)]
+fn add_halves<S: Isa, const M: usize>(
+    s: S,
+    half: usize,
+    codes: [S::B; GROUP_STEPS / 2],
+    zero: i32,
+    scales: S::F,
+    x: Group<'_, M>,
+    acc: &mut [S::F; M],
+) {
+    let mut dots = [s.splat_i32(0); M];
+    for m in 0..M {
+        dots[m] = s.splat_i32(-zero * x.half_sum(half, m));
+    }
+    for t in 0..GROUP_STEPS / 2 {
+        for m in 0..M {
+            let x = s.splat_bytes(x.codes[half * GROUP_STEPS / 2 + t][m]);
+            dots[m] = s.dot_codes(dots[m], codes[t], x);
+        }
+    }
+    add_scaled(s, dots, scales, x.scales, acc);
+}
+
+/// Runs `$body` with `$p` naming the type of a format whose panels lie in one plane.
+macro_rules! with_packed {
+    ($format:expr, $p:ident => $body:expr) => {
+        with_packed!(@ $format, $p => $body; W8 w8, W8Affine w8_affine, W4 w4, W4Nl w4_nl, W4K k, W5K k, W6K k)
+    };
+    (@ $format:expr, $p:ident => $body:expr; $($name:ident $module:ident),*) => {
+        match $format {
+            $($crate::quant::Format::$name => {
+                type $p = $crate::quant::$module::$name;
+                $body
+            })*
+            other => unreachable!("{} has no panels in one plane", other.name()),
+        }
+    };
+}
+pub(crate) use with_packed;
+
 /// Bytes of a panel: 16 rows of `cols` columns. `format` must be packed.
 pub fn panel_bytes(format: Format, cols: usize) -> usize {
-    let block = match format {
-        Format::W4 => w4::BLOCK_BYTES,
-        Format::W8 => w8::BLOCK_BYTES,
-        Format::W8Planes => w8_planes::BLOCK_BYTES,
-        _ => panic!("{} has no panels", format.name()),
-    };
-    cols.div_ceil(BLOCK) * block
+    assert!(format.is_packed() && format.takes_cols(cols), "{} x {cols}", format.name());
+    if format == Format::W8Planes {
+        return cols.div_ceil(BLOCK) * w8_planes::BLOCK_BYTES;
+    }
+    with_packed!(format, P => {
+        cols.div_ceil(P::GROUPS * GROUP) * size_of::<<P as Packed>::Block>()
+    })
 }
 
 /// The planes of a packed format, as ranges of the bytes of a panel. A matrix is the first plane
@@ -169,11 +306,6 @@ pub fn planes(format: Format, cols: usize) -> impl Iterator<Item = Range<usize>>
         _ => bytes,
     };
     [0..first, first..bytes].into_iter().filter(|plane| !plane.is_empty())
-}
-
-/// Bytes of a packed matrix, padding included.
-pub fn packed_bytes(format: Format, rows: usize, cols: usize) -> usize {
-    rows.div_ceil(PANEL_ROWS) * panel_bytes(format, cols)
 }
 
 /// Quantises up to 16 rows.
@@ -200,7 +332,7 @@ pub fn encode_panel_on(cpu: Cpu, format: Format, rows: &[f32], cols: usize, out:
             encode_panel_on(cpu, Format::W8, rows, cols, &mut panel);
             w8_planes::split_panel(&panel, out);
         }
-        _ => unreachable!("panel_bytes accepts packed formats only"),
+        _ => panic!("{} is not encoded from floats", format.name()),
     }
 }
 
@@ -211,7 +343,7 @@ struct EncodePanel<'a, P> {
     format: std::marker::PhantomData<P>,
 }
 
-impl<P: Packed> Kernel for EncodePanel<'_, P> {
+impl<P: Encode> Kernel for EncodePanel<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
@@ -245,15 +377,11 @@ pub fn decode_row(format: Format, matrix: &[u8], cols: usize, row: usize, out: &
     }
     let bytes = panel_bytes(format, cols);
     let panel = &matrix[row / PANEL_ROWS * bytes..][..bytes];
-    match format {
-        Format::W4 => decode_panel_row::<w4::W4>(panel, row % PANEL_ROWS, out),
-        Format::W8 => decode_panel_row::<w8::W8>(panel, row % PANEL_ROWS, out),
-        _ => unreachable!("panel_bytes accepts packed formats only"),
-    }
+    with_packed!(format, P => decode_panel_row::<P>(panel, row % PANEL_ROWS, out));
 }
 
 fn decode_panel_row<P: Packed>(panel: &[u8], row: usize, out: &mut [f32]) {
-    for (block, out) in P::blocks(panel).iter().zip(out.chunks_mut(BLOCK)) {
+    for (block, out) in P::blocks(panel).iter().zip(out.chunks_mut(P::GROUPS * GROUP)) {
         for (col, out) in out.iter_mut().enumerate() {
             *out = P::decode(block, row, col);
         }

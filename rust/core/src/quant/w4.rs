@@ -10,7 +10,7 @@
 //! code 0, so that the larger half of the code range is used.
 
 use super::scale_search::search;
-use super::{BLOCK_STEPS, GROUP, GROUP_STEPS, Packed};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -24,6 +24,7 @@ pub struct W4;
 
 impl Packed for W4 {
     type Block = [u8; BLOCK_BYTES];
+    const GROUPS: usize = 2;
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -31,23 +32,50 @@ impl Packed for W4 {
     }
 
     #[inline(always)]
-    fn scales<S: Isa>(s: S, block: &Self::Block, g: usize) -> S::F {
-        s.load_f16(&block.as_chunks().0[g])
-    }
-
-    #[inline(always)]
-    fn dot<S: Isa, const M: usize>(
+    fn add<S: Isa, const M: usize>(
         s: S,
         block: &Self::Block,
         g: usize,
-        x: &[[[i8; 4]; M]; BLOCK_STEPS],
-        sums: &[i32; M],
-    ) -> [S::I; M] {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let (x, _) = x.as_chunks();
-        s.dot_nibbles_group(&codes[g], ZERO, &x[g], sums)
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        add_scaled(s, dots(s, block, g, x), scales(s, block, g), x.scales, acc);
     }
 
+    #[inline]
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let at = 2 * (col / GROUP * LANES + row);
+        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+        scale * (i32::from(code(block, row, col)) - ZERO) as f32
+    }
+}
+
+/// The scales of group `g` (0 or 1) of a block that starts with them, a row a lane.
+#[inline(always)]
+pub fn scales<S: Isa>(s: S, block: &[u8], g: usize) -> S::F {
+    s.load_f16(&block.as_chunks().0[g])
+}
+
+/// Exact integer dot products of group `g` of a block with M tokens.
+#[inline(always)]
+pub fn dots<S: Isa, const M: usize>(
+    s: S,
+    block: &[u8; BLOCK_BYTES],
+    g: usize,
+    x: Group<'_, M>,
+) -> [S::I; M] {
+    let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+    s.dot_nibbles_group(&codes[g], ZERO, x.codes, x.sums)
+}
+
+/// A code of a block.
+#[inline]
+pub fn code(block: &[u8; BLOCK_BYTES], row: usize, col: usize) -> u8 {
+    let byte = block[SCALE_BYTES + col / 8 * 4 * LANES + 4 * row + col % 4];
+    if col % 8 < 4 { byte & 15 } else { byte >> 4 }
+}
+
+impl Encode for W4 {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize) {
         let mut q = [[0i32; LANES]; GROUP];
@@ -63,14 +91,5 @@ impl Packed for W4 {
                 }
             }
         }
-    }
-
-    #[inline]
-    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        let at = 2 * (col / GROUP * LANES + row);
-        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        let byte = block[SCALE_BYTES + col / 8 * 4 * LANES + 4 * row + col % 4];
-        let code = if col % 8 < 4 { byte & 15 } else { byte >> 4 };
-        scale * (i32::from(code) - ZERO) as f32
     }
 }

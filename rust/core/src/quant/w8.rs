@@ -5,10 +5,10 @@
 //!     32 x f16    scales: group 0 rows 0..16, group 1 rows 0..16       64 bytes
 //!     16 x 64 B   step t: row r at bytes 4r..4r+4: columns 4t .. 4t+4
 //!
-//! weight = scale (code - 128), with codes 1..=255: a step saturates nowhere (see `simd::avx2`).
+//! weight = scale (code - 128). Codes that are encoded here are 1..=255; those of Q8_0 files may be 0.
 
-use super::w4::SCALE_BYTES;
-use super::{BLOCK_STEPS, GROUP, GROUP_STEPS, Packed};
+use super::w4::{SCALE_BYTES, scales};
+use super::{BLOCK_STEPS, Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -21,6 +21,7 @@ pub struct W8;
 
 impl Packed for W8 {
     type Block = [u8; BLOCK_BYTES];
+    const GROUPS: usize = 2;
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -28,23 +29,25 @@ impl Packed for W8 {
     }
 
     #[inline(always)]
-    fn scales<S: Isa>(s: S, block: &Self::Block, g: usize) -> S::F {
-        s.load_f16(&block.as_chunks().0[g])
-    }
-
-    #[inline(always)]
-    fn dot<S: Isa, const M: usize>(
+    fn add<S: Isa, const M: usize>(
         s: S,
         block: &Self::Block,
         g: usize,
-        x: &[[[i8; 4]; M]; BLOCK_STEPS],
-        sums: &[i32; M],
-    ) -> [S::I; M] {
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let (x, _) = x.as_chunks();
-        s.dot_bytes_group(&codes[g], &x[g], sums)
+        let dots = s.dot_bytes_group(&codes[g], x.codes, x.sums);
+        add_scaled(s, dots, scales(s, block, g), x.scales, acc);
     }
 
+    #[inline]
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        value(block, row, col, block[SCALE_BYTES + col / 4 * 4 * LANES + 4 * row + col % 4])
+    }
+}
+
+impl Encode for W8 {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize) {
         let zero = s.splat(0.0);
@@ -68,11 +71,6 @@ impl Packed for W8 {
                 step[4 * r + k % 4] = (q + ZERO) as u8;
             }
         }
-    }
-
-    #[inline]
-    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        value(block, row, col, block[SCALE_BYTES + col / 4 * 4 * LANES + 4 * row + col % 4])
     }
 }
 

@@ -11,7 +11,7 @@
 
 use super::w4::{self, SCALE_BYTES};
 use super::w8::{self, W8};
-use super::{BLOCK, BLOCK_STEPS, Packed};
+use super::{BLOCK, Group, Packed, add_scaled};
 use crate::simd::{Isa, LANES};
 use std::ops::Range;
 
@@ -43,6 +43,11 @@ impl<'a> Planes<'a> {
         let blocks = cols.div_ceil(BLOCK);
         let range = panels.start * blocks..panels.end * blocks;
         Planes { high: &self.high[range.clone()], low: &self.low[range] }
+    }
+
+    /// Rows of these panels, padding included.
+    pub fn rows(&self, cols: usize) -> usize {
+        self.high.len() / cols.div_ceil(BLOCK) * LANES
     }
 
     /// The value of a code. row: of the first panel; col: of the block `block`.
@@ -77,19 +82,20 @@ pub fn split_panel(panel: &[u8], out: &mut [u8]) {
     }
 }
 
-/// Exact integer dot products of group `g` of a block with M tokens, as [`Packed::dot`].
+/// Adds the products of group `g` of a block with M tokens, as [`Packed::add`].
 #[inline(always)]
-pub fn dot<S: Isa, const M: usize>(
+pub fn add<S: Isa, const M: usize>(
     s: S,
     (high, low): (&High, &Low),
     g: usize,
-    x: &[[[i8; 4]; M]; BLOCK_STEPS],
-    sums: &[i32; M],
-) -> [S::I; M] {
+    x: Group<'_, M>,
+    acc: &mut [S::F; M],
+) {
+    let scales = w4::scales(s, high, g);
     let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
     let (low, _) = low.as_chunks().0.as_chunks();
-    let (x, _) = x.as_chunks();
-    s.dot_planes_group(&high[g], &low[g], &x[g], sums)
+    let dots = s.dot_planes_group(&high[g], &low[g], x.codes, x.sums);
+    add_scaled(s, dots, scales, x.scales, acc);
 }
 
 #[cfg(test)]

@@ -142,6 +142,20 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         unsafe { [_mm256_loadu_ps(x.as_ptr().cast()), _mm256_loadu_ps(x.as_ptr().add(32).cast())] }
     }
     #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> Self::F {
+        // SAFETY: `x` is 16 readable bytes; the load needs no alignment.
+        let x = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
+        op!([_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(x))]
+            .map(|x| _mm256_cvtepi32_ps(x)))
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[u8; LANES]) -> Self::F {
+        // SAFETY: `x` is 16 readable bytes; the load needs no alignment.
+        let x = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
+        op!([_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(x))]
+            .map(|x| _mm256_cvtepi32_ps(x)))
+    }
+    #[inline(always)]
     fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {
         // SAFETY: `y` is 32 writable bytes; the stores need no alignment.
         unsafe {
@@ -292,6 +306,29 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         both!(_mm256_or_si256(high, self.high_nibbles(low)))
     }
     #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
+        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        let table = op!(_mm256_broadcastsi128_si256(table));
+        both!(_mm256_shuffle_epi8([table; 2], nibbles))
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: Self::B,
+        plane: Self::B,
+    ) -> Self::B {
+        let count = op!(_mm_cvtsi32_si128(SHIFT.abs()));
+        let shifted = if SHIFT < 0 {
+            both!(_mm256_srl_epi16(plane, [count; 2]))
+        } else {
+            both!(_mm256_sll_epi16(plane, [count; 2]))
+        };
+        let mask = op!(_mm256_set1_epi8(MASK as i8));
+        let bits = both!(_mm256_and_si256(shifted, [mask; 2]));
+        both!(_mm256_or_si256(low, bits))
+    }
+    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         op!(_mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))))
     }
@@ -324,6 +361,16 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             let pairs = both!(_mm256_maddubs_epi16(size, signed));
             let products = both!(_mm256_madd_epi16(pairs, [one; 2]));
             self.add_i32(acc, products)
+        }
+    }
+    #[inline(always)]
+    fn dot_codes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
+        if VNNI {
+            both!(_mm256_dpbusd_avx_epi32(acc, codes, [x; 2]))
+        } else {
+            let pairs = both!(_mm256_maddubs_epi16(codes, [x; 2]));
+            let one = op!(_mm256_set1_epi16(1));
+            self.add_i32(acc, both!(_mm256_madd_epi16(pairs, [one; 2])))
         }
     }
     #[inline(always)]

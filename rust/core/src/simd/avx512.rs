@@ -39,6 +39,8 @@ macro_rules! op {
 
 /// Truth table of "where a: b, elsewhere c".
 const SELECT: i32 = 0xca;
+/// Truth table of "a and b, or c".
+const AND_OR: i32 = 0xea;
 
 impl Isa for Avx512 {
     // 12 integer and 12 float accumulators leave 8 of 32 registers for weights and scales. 14 of each
@@ -92,6 +94,16 @@ impl Isa for Avx512 {
     fn load_f32(self, x: &[u8; 4 * LANES]) -> Self::F {
         // SAFETY: `x` is 64 readable bytes; the load needs no alignment.
         unsafe { _mm512_loadu_ps(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> Self::F {
+        // SAFETY: `x` is 16 readable bytes; the load needs no alignment.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[u8; LANES]) -> Self::F {
+        // SAFETY: `x` is 16 readable bytes; the load needs no alignment.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
     }
     #[inline(always)]
     fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {
@@ -211,6 +223,29 @@ impl Isa for Avx512 {
         ))
     }
     #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
+        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles))
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: Self::B,
+        plane: Self::B,
+    ) -> Self::B {
+        op!({
+            let count = _mm_cvtsi32_si128(SHIFT.abs());
+            let shifted = if SHIFT < 0 {
+                _mm512_srl_epi16(plane, count)
+            } else {
+                _mm512_sll_epi16(plane, count)
+            };
+            let mask = _mm512_set1_epi8(MASK as i8);
+            _mm512_ternarylogic_epi32::<AND_OR>(shifted, mask, low)
+        })
+    }
+    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         op!(_mm512_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))))
     }
@@ -232,6 +267,10 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
+        op!(_mm512_dpbusd_epi32(acc, codes, x))
+    }
+    #[inline(always)]
+    fn dot_codes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
         op!(_mm512_dpbusd_epi32(acc, codes, x))
     }
     #[inline(always)]

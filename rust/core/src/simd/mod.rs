@@ -65,6 +65,10 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_f16(self, x: &[u8; 2 * LANES]) -> Self::F;
     /// 16 `f32`, little-endian, at any address.
     fn load_f32(self, x: &[u8; 4 * LANES]) -> Self::F;
+    /// 16 bytes from 0 to 255.
+    fn load_u8(self, x: &[u8; LANES]) -> Self::F;
+    /// 16 signed bytes.
+    fn load_i8(self, x: &[u8; LANES]) -> Self::F;
     /// Rounds to nearest even; the inverse of `load_f16` on its values.
     fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]);
 
@@ -102,6 +106,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B;
     /// Bytes whose halves are the high nibbles of `high` and `low`.
     fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B;
+    /// The entries of a table at `nibbles`, which are up to 15.
+    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B;
+    /// `low`, with the bits of `MASK` from `plane` shifted left by `SHIFT`, right if that is
+    /// negative. `MASK` must have no bits but those that a byte keeps.
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(self, low: Self::B, plane: Self::B)
+    -> Self::B;
     fn splat_bytes(self, x: [i8; 4]) -> Self::X;
     fn zero_nibbles(self) -> Self::N;
     /// acc + sum of codes x over the four bytes of each lane, codes up to 15.
@@ -111,6 +121,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn splat_i32(self, x: i32) -> Self::I;
     /// acc + sum of (code - 128 + BYTE_BIAS) x over the four bytes of each lane.
     fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I;
+    /// acc + sum of codes x over the four bytes of each lane, codes up to 127.
+    fn dot_codes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I;
     /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
     fn prefetch(self, x: &[u8], at: usize);
 

@@ -288,6 +288,34 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         each!(vreinterpretq_f32_u8(x))
     }
     #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> Self::F {
+        // SAFETY: `x` is 16 readable bytes.
+        let x = unsafe { vld1q_u8(x.as_ptr()) };
+        op!({
+            let (low, high) = (vmovl_u8(vget_low_u8(x)), vmovl_high_u8(x));
+            [
+                vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))),
+                vcvtq_f32_u32(vmovl_high_u16(low)),
+                vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))),
+                vcvtq_f32_u32(vmovl_high_u16(high)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[u8; LANES]) -> Self::F {
+        // SAFETY: `x` is 16 readable bytes.
+        let x = unsafe { vld1q_s8(x.as_ptr().cast()) };
+        op!({
+            let (low, high) = (vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x));
+            [
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
+                vcvtq_f32_s32(vmovl_high_s16(low)),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
+                vcvtq_f32_s32(vmovl_high_s16(high)),
+            ]
+        })
+    }
+    #[inline(always)]
     fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {
         let halves = op!([
             vreinterpretq_u8_f16(vcvt_high_f16_f32(vcvt_f16_f32(v[0]), v[1])),
@@ -419,6 +447,24 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         each!(vsriq_n_u8::<4>(high, low))
     }
     #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
+        // SAFETY: `table` is 16 readable bytes.
+        let table = unsafe { vld1q_u8(table.as_ptr()) };
+        each!(vqtbl1q_u8([table; 4], nibbles))
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: Self::B,
+        plane: Self::B,
+    ) -> Self::B {
+        // A negative shift goes right.
+        let (shift, mask) = op!((vdupq_n_s8(SHIFT as i8), vdupq_n_u8(MASK)));
+        let shifted = each!(vshlq_u8(plane, [shift; 4]));
+        let bits = each!(vandq_u8(shifted, [mask; 4]));
+        each!(vorrq_u8(low, bits))
+    }
+    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         op!(vreinterpretq_s8_s32(vdupq_n_s32(i32::from_ne_bytes(x.map(|x| x as u8)))))
     }
@@ -455,6 +501,16 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     #[inline(always)]
     fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
         let signed = self.signed(codes);
+        if DOTPROD {
+            each!(sdot(acc, signed, [x; 4]))
+        } else {
+            let products = each!(pairs(signed, [x; 4]));
+            each!(vpadalq_s16(acc, products))
+        }
+    }
+    #[inline(always)]
+    fn dot_codes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
+        let signed = each!(vreinterpretq_s8_u8(codes));
         if DOTPROD {
             each!(sdot(acc, signed, [x; 4]))
         } else {

@@ -68,6 +68,14 @@ impl Isa for Portable {
         })
     }
     #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> Self::F {
+        x.map(f32::from)
+    }
+    #[inline(always)]
+    fn load_i8(self, x: &[u8; LANES]) -> Self::F {
+        x.map(|x| f32::from(x as i8))
+    }
+    #[inline(always)]
     fn store_f16(self, v: Self::F, y: &mut [u8; 2 * LANES]) {
         for (y, v) in y.as_chunks_mut::<2>().0.iter_mut().zip(v) {
             *y = f16::from_f32(v).to_le_bytes();
@@ -174,6 +182,19 @@ impl Isa for Portable {
         std::array::from_fn(|i| high[i] & 0xf0 | low[i] >> 4)
     }
     #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
+        nibbles.map(|n| table[usize::from(n & 15)])
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: Self::B,
+        plane: Self::B,
+    ) -> Self::B {
+        let shift = |x: u8| if SHIFT < 0 { x >> -SHIFT } else { x << SHIFT };
+        std::array::from_fn(|i| low[i] | shift(plane[i]) & MASK)
+    }
+    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         x
     }
@@ -196,6 +217,10 @@ impl Isa for Portable {
     #[inline(always)]
     fn dot_bytes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
         std::array::from_fn(|i| acc[i] + dot4(&codes, i, x, 128))
+    }
+    #[inline(always)]
+    fn dot_codes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I {
+        std::array::from_fn(|i| acc[i] + dot4(&codes, i, x, 0))
     }
     #[inline(always)]
     fn prefetch(self, _: &[u8], _: usize) {}

@@ -1,0 +1,211 @@
+//! Formats of super-blocks of 256 columns, which hold the numbers of Q4_K, Q5_K and Q6_K.
+//!
+//! [`W4K`], 4.625 bits a weight: weight = d a code - m b, with d and m one f16 each per row and
+//! super-block, a and b one byte each per row and group of 32, codes of 4 bits. A super-block (16
+//! rows, 256 columns) is 2368 bytes:
+//!
+//!     16 x f16       d of rows 0..16
+//!     16 x f16       m
+//!     8 x 16 B       a: of group 0 rows 0..16, of group 1 ...
+//!     8 x 16 B       b
+//!     8 x 4 x 64 B   codes of a group in the order of W4
+//!
+//! [`W5K`], 5.625 bits, is the same with codes of 5 bits: a super-block is 2880 bytes, because the
+//! codes of each group are followed by
+//!
+//!     64 B   row r at bytes 4r..4r+4; bit t of byte i: the high bit of column 4t + i
+//!
+//! [`W6K`], 6.625 bits: weight = d a (code - 32), with one signed byte a per row and 16 columns. A
+//! super-block is 3392 bytes:
+//!
+//!     16 x f16       d
+//!     32 B           zeros, so that what follows stays at whole cache lines
+//!     16 x 16 B      a
+//!     8 groups of    4 x 64 B, the low four bits of codes in the order of W4; then
+//!         2 x 64 B   plane p, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are the high bits
+//!                    of column 16p + 4t + i
+
+use super::{GROUP, GROUP_STEPS, Group, Packed, add_halves, add_scaled, subtract_offsets};
+use crate::simd::{Isa, LANES};
+use half::f16;
+
+/// Columns of a super-block, and the groups in it.
+pub const SUPER: usize = 256;
+pub(super) const GROUPS: usize = SUPER / GROUP;
+const HALVES: usize = 2 * GROUPS;
+
+/// Bytes of one vector of codes.
+const STEP: usize = 4 * LANES;
+/// Bytes of the low nibbles of a group.
+pub(super) const NIBBLES: usize = GROUP_STEPS / 2 * STEP;
+
+/// The scales of W4K and W5K.
+pub(super) const A: usize = 2 * 2 * LANES;
+pub(super) const B: usize = A + GROUPS * LANES;
+pub(super) const AFFINE: usize = B + GROUPS * LANES;
+/// Those of W6K.
+pub(super) const A6: usize = 64;
+pub(super) const SIGNED: usize = A6 + HALVES * LANES;
+const ZERO6: i32 = 32;
+
+pub const W4K_BYTES: usize = AFFINE + GROUPS * NIBBLES;
+pub const W5K_BYTES: usize = AFFINE + GROUPS * (NIBBLES + STEP);
+pub const W6K_BYTES: usize = SIGNED + GROUPS * (NIBBLES + 2 * STEP);
+
+pub struct W4K;
+pub struct W5K;
+pub struct W6K;
+
+/// d a and m b of group `g`, a row a lane.
+#[inline(always)]
+fn affine<S: Isa>(s: S, block: &[u8], g: usize) -> (S::F, S::F) {
+    let halves = block.as_chunks().0;
+    let (d, m) = (s.load_f16(&halves[0]), s.load_f16(&halves[1]));
+    let bytes = block[A..AFFINE].as_chunks().0;
+    (s.mul(d, s.load_u8(&bytes[g])), s.mul(m, s.load_u8(&bytes[GROUPS + g])))
+}
+
+fn decode_affine(block: &[u8], row: usize, g: usize, code: u8) -> f32 {
+    let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    let byte = |at: usize| f32::from(block[at + g * LANES + row]);
+    let (d, m) = (half(2 * row), half(2 * LANES + 2 * row));
+    d * byte(A) * f32::from(code) - m * byte(B)
+}
+
+/// The low nibble of a code among those of its group.
+fn nibble(codes: &[u8], row: usize, col: usize) -> u8 {
+    let byte = codes[col / 8 * STEP + 4 * row + col % 4];
+    if col % 8 < 4 { byte & 15 } else { byte >> 4 }
+}
+
+impl Packed for W4K {
+    type Block = [u8; W4K_BYTES];
+    const GROUPS: usize = GROUPS;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let (codes, _) = block[AFFINE..].as_chunks().0.as_chunks();
+        let dots = s.dot_nibbles_group(&codes[g], 0, x.codes, x.sums);
+        let (scales, offsets) = affine(s, block, g);
+        add_scaled(s, dots, scales, x.scales, acc);
+        subtract_offsets(s, offsets, x, acc);
+    }
+
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let g = col / GROUP;
+        let code = nibble(&block[AFFINE + g * NIBBLES..], row, col % GROUP);
+        decode_affine(block, row, g, code)
+    }
+}
+
+impl Packed for W5K {
+    type Block = [u8; W5K_BYTES];
+    const GROUPS: usize = GROUPS;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let (groups, _) =
+            block[AFFINE..].as_chunks::<STEP>().0.as_chunks::<{ GROUP_STEPS / 2 + 1 }>();
+        let steps = &groups[g];
+        let plane = s.load_bytes(&steps[GROUP_STEPS / 2]);
+        let mut dots = [s.splat_i32(0); M];
+        macro_rules! steps {
+            ($(($t:literal, $first:literal, $second:literal))*) => {$(
+                let w = s.load_bytes(&steps[$t]);
+                let first = s.insert_bits::<$first, 0x10>(s.low_nibbles(w), plane);
+                let second = s.insert_bits::<$second, 0x10>(s.high_nibbles(w), plane);
+                for m in 0..M {
+                    dots[m] = s.dot_codes(dots[m], first, s.splat_bytes(x.codes[2 * $t][m]));
+                    dots[m] = s.dot_codes(dots[m], second, s.splat_bytes(x.codes[2 * $t + 1][m]));
+                }
+            )*};
+        }
+        // Bit t of the plane becomes bit 4.
+        steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
+        let (scales, offsets) = affine(s, block, g);
+        add_scaled(s, dots, scales, x.scales, acc);
+        subtract_offsets(s, offsets, x, acc);
+    }
+
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let (g, col) = (col / GROUP, col % GROUP);
+        let codes = &block[AFFINE + g * (NIBBLES + STEP)..];
+        let high = codes[NIBBLES + 4 * row + col % 4] >> (col / 4) & 1;
+        decode_affine(block, row, g, nibble(codes, row, col) | high << 4)
+    }
+}
+
+impl Packed for W6K {
+    type Block = [u8; W6K_BYTES];
+    const GROUPS: usize = GROUPS;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let (groups, _) =
+            block[SIGNED..].as_chunks::<STEP>().0.as_chunks::<{ GROUP_STEPS / 2 + 2 }>();
+        let steps = &groups[g];
+        let d = s.load_f16(&block.as_chunks().0[0]);
+        let a = block[A6..SIGNED].as_chunks().0;
+        macro_rules! half {
+            ($half:literal) => {
+                let plane = s.load_bytes(&steps[GROUP_STEPS / 2 + $half]);
+                let w = [s.load_bytes(&steps[2 * $half]), s.load_bytes(&steps[2 * $half + 1])];
+                // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
+                let codes = [
+                    s.insert_bits::<4, 0x30>(s.low_nibbles(w[0]), plane),
+                    s.insert_bits::<2, 0x30>(s.high_nibbles(w[0]), plane),
+                    s.insert_bits::<0, 0x30>(s.low_nibbles(w[1]), plane),
+                    s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
+                ];
+                let scales = s.mul(d, s.load_i8(&a[2 * g + $half]));
+                add_halves(s, $half, codes, ZERO6, scales, x, acc);
+            };
+        }
+        half!(0);
+        half!(1);
+    }
+
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let (g, col) = (col / GROUP, col % GROUP);
+        let codes = &block[SIGNED + g * (NIBBLES + 2 * STEP)..];
+        let (half, t) = (col / 16, col % 16 / 4);
+        let high = codes[NIBBLES + half * STEP + 4 * row + col % 4] >> (2 * t) & 3;
+        let code = nibble(codes, row, col) | high << 4;
+        let d = f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
+        let a = f32::from(block[A6 + (2 * g + half) * LANES + row] as i8);
+        d * a * (i32::from(code) - ZERO6) as f32
+    }
+}

@@ -1,0 +1,243 @@
+//! Panels from the blocks of a GGUF file: the same numbers in another order.
+//!
+//! [`panel_format`] says which format holds the numbers of a block type exactly. A group of 32 codes
+//! is taken from its block as eight words of four columns each, a code a byte, which is how panels
+//! have them: so all work is shifting and masking words.
+
+use super::ggml::{HALF, affine_scales};
+use super::k::{self, SUPER};
+use super::{BlockType, Format, GROUP, GROUP_STEPS, PANEL_ROWS, panel_bytes};
+use super::{w4, w8, w8_affine, w8_planes};
+use crate::simd::LANES;
+
+/// The codes of a group, four columns a word, the first in the low byte.
+type Words = [u32; GROUP_STEPS];
+
+const LOW_NIBBLES: u32 = 0x0f0f_0f0f;
+const STEP: usize = 4 * LANES;
+
+/// The panel format with the numbers of a block type.
+pub fn panel_format(block: BlockType) -> Format {
+    match block {
+        BlockType::Q4_0 => Format::W4,
+        BlockType::Q8_0 => Format::W8,
+        BlockType::Iq4Nl => Format::W4Nl,
+        BlockType::Q4K => Format::W4K,
+        BlockType::Q5K => Format::W5K,
+        BlockType::Q6K => Format::W6K,
+        BlockType::Q4_1
+        | BlockType::Q5_0
+        | BlockType::Q5_1
+        | BlockType::Q2K
+        | BlockType::Q3K
+        | BlockType::Iq4Xs
+        | BlockType::Mxfp4 => Format::W8Affine,
+    }
+}
+
+/// Re-orders up to 16 rows of blocks into a panel of a format that holds their numbers: that of
+/// [`panel_format`], or two planes in place of W8.
+pub fn reorder_panel_to(
+    block: BlockType,
+    rows: &[u8],
+    cols: usize,
+    format: Format,
+    out: &mut [u8],
+) {
+    match (panel_format(block), format) {
+        (Format::W8, Format::W8Planes) => {
+            let mut panel = vec![0; panel_bytes(Format::W8, cols)];
+            reorder_panel(block, rows, cols, &mut panel);
+            w8_planes::split_panel(&panel, out);
+        }
+        (own, format) => {
+            assert_eq!(own, format);
+            reorder_panel(block, rows, cols, out);
+        }
+    }
+}
+
+/// Re-orders up to 16 rows of blocks into a panel of [`panel_format`].
+///
+/// rows: [n, bytes of a row]; out: the bytes of a panel of `cols` columns. Panics if the lengths
+/// disagree.
+pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8]) {
+    let format = panel_format(block);
+    let row_bytes = block.row_bytes(cols);
+    assert!(rows.len().is_multiple_of(row_bytes) && rows.len() / row_bytes <= PANEL_ROWS);
+    assert_eq!(out.len(), panel_bytes(format, cols));
+    if rows.len() / row_bytes < PANEL_ROWS || !cols.is_multiple_of(2 * GROUP) {
+        // Where scales and offsets are zero the weights are, whatever the codes.
+        out.fill(0);
+    }
+    for (row, blocks) in rows.chunks_exact(row_bytes).enumerate() {
+        let blocks = blocks.chunks_exact(block.bytes());
+        match block {
+            BlockType::Q4_0 | BlockType::Iq4Nl => {
+                for (g, block) in blocks.enumerate() {
+                    let out = &mut out[g / 2 * w4::BLOCK_BYTES..][..w4::BLOCK_BYTES];
+                    let (scales, codes) = out.split_at_mut(w4::SCALE_BYTES);
+                    put_half(scales, g % 2 * LANES + row, block);
+                    put_nibbles(&mut codes[g % 2 * 4 * STEP..], row, split_nibbles(&block[2..]));
+                }
+            }
+            BlockType::Q8_0 => {
+                for (g, block) in blocks.enumerate() {
+                    let out = &mut out[g / 2 * w8::BLOCK_BYTES..][..w8::BLOCK_BYTES];
+                    let (scales, codes) = out.split_at_mut(w4::SCALE_BYTES);
+                    put_half(scales, g % 2 * LANES + row, block);
+                    let words: Words = std::array::from_fn(|t| word(&block[2..], t) ^ 0x8080_8080);
+                    put_words(&mut codes[g % 2 * GROUP_STEPS * STEP..], row, words);
+                }
+            }
+            BlockType::Q4K | BlockType::Q5K => {
+                let bytes = if block == BlockType::Q4K { k::W4K_BYTES } else { k::W5K_BYTES };
+                for (block, out) in blocks.zip(out.chunks_exact_mut(bytes)) {
+                    reorder_affine(block, row, out);
+                }
+            }
+            BlockType::Q6K => {
+                for (block, out) in blocks.zip(out.chunks_exact_mut(k::W6K_BYTES)) {
+                    reorder_q6_k(block, row, out);
+                }
+            }
+            _ => unpack(block, blocks, row, out),
+        }
+    }
+}
+
+fn word(bytes: &[u8], i: usize) -> u32 {
+    u32::from_le_bytes(bytes.as_chunks().0[i])
+}
+
+/// Copies the f16 at the start of `block`.
+fn put_half(halves: &mut [u8], place: usize, block: &[u8]) {
+    halves[2 * place..][..2].copy_from_slice(&block[..2]);
+}
+
+/// 16 bytes whose low nibbles are columns 0..16, the high ones 16..32.
+fn split_nibbles(bytes: &[u8]) -> Words {
+    std::array::from_fn(|t| word(bytes, t % 4) >> (t / 4 * 4) & LOW_NIBBLES)
+}
+
+/// Puts one row's codes of a group into steps of one byte.
+fn put_words(codes: &mut [u8], row: usize, words: Words) {
+    let steps = codes.as_chunks_mut::<STEP>().0;
+    for (step, word) in steps.iter_mut().zip(words) {
+        step[4 * row..][..4].copy_from_slice(&word.to_le_bytes());
+    }
+}
+
+/// Puts one row's codes of a group, their low four bits, into steps of two nibbles.
+fn put_nibbles(codes: &mut [u8], row: usize, words: Words) {
+    let steps = codes.as_chunks_mut::<STEP>().0;
+    for (step, [low, high]) in steps.iter_mut().zip(words.as_chunks().0) {
+        let pair = low & LOW_NIBBLES | (high & LOW_NIBBLES) << 4;
+        step[4 * row..][..4].copy_from_slice(&pair.to_le_bytes());
+    }
+}
+
+/// Q4_K and Q5_K: d and dmin (f16), twelve bytes of scales, high bits in Q5_K, nibbles.
+fn reorder_affine(block: &[u8], row: usize, out: &mut [u8]) {
+    let has_plane = block.len() == BlockType::Q5K.bytes();
+    let (scales, rest) = block[4..].split_at(12);
+    let (high, nibbles) = rest.split_at(if has_plane { 32 } else { 0 });
+    put_half(out, row, block);
+    put_half(out, LANES + row, &block[2..]);
+    let group_bytes = (out.len() - k::AFFINE) / k::GROUPS;
+    for g in 0..k::GROUPS {
+        let (a, b) = affine_scales(scales, g);
+        out[k::A + g * LANES + row] = a;
+        out[k::B + g * LANES + row] = b;
+        let bytes = &nibbles[g / 2 * 32..];
+        let words: Words = std::array::from_fn(|t| word(bytes, t) >> (g % 2 * 4) & LOW_NIBBLES);
+        let codes = &mut out[k::AFFINE + g * group_bytes..][..group_bytes];
+        put_nibbles(codes, row, words);
+        if has_plane {
+            let bit = |t: usize| (word(high, t) >> g & 0x0101_0101) << t;
+            let plane = (0..GROUP_STEPS).fold(0, |plane, t| plane | bit(t));
+            codes[k::NIBBLES + 4 * row..][..4].copy_from_slice(&plane.to_le_bytes());
+        }
+    }
+}
+
+/// Q6_K: low nibbles, pairs of high bits, signed scales, d (f16).
+fn reorder_q6_k(block: &[u8], row: usize, out: &mut [u8]) {
+    let (nibbles, rest) = block.split_at(128);
+    let (pairs, rest) = rest.split_at(64);
+    let (scales, d) = rest.split_at(16);
+    put_half(out, row, d);
+    let group_bytes = (out.len() - k::SIGNED) / k::GROUPS;
+    for g in 0..k::GROUPS {
+        for half in 0..2 {
+            out[k::A6 + (2 * g + half) * LANES + row] = scales[2 * g + half];
+        }
+        // Four groups share 32 bytes of high bits, and two by two 32 bytes of nibbles.
+        let (low, high) = (&nibbles[64 * (g / 4) + 32 * (g % 2)..], &pairs[32 * (g / 4)..]);
+        let words: Words = std::array::from_fn(|t| word(low, t) >> (g % 4 / 2 * 4) & LOW_NIBBLES);
+        let codes = &mut out[k::SIGNED + g * group_bytes..][..group_bytes];
+        put_nibbles(codes, row, words);
+        for half in 0..2 {
+            let pair = |t: usize| word(high, 4 * half + t) >> (g % 4 * 2) & 0x0303_0303;
+            let plane = (0..4).fold(0, |plane, t| plane | pair(t) << (2 * t));
+            let at = k::NIBBLES + half * STEP + 4 * row;
+            codes[at..][..4].copy_from_slice(&plane.to_le_bytes());
+        }
+    }
+}
+
+/// Any type, as bytes with f32 scales and offsets.
+fn unpack<'a>(
+    block: BlockType,
+    blocks: impl Iterator<Item = &'a [u8]>,
+    row: usize,
+    out: &mut [u8],
+) {
+    let halves = block.cols() / HALF;
+    let mut codes = [0i8; SUPER];
+    let (mut scales, mut offsets) = ([0.0f32; SUPER / HALF], [0.0; SUPER / HALF]);
+    for (b, bytes) in blocks.enumerate() {
+        let codes = &mut codes[..block.cols()];
+        block.codes(bytes, codes, &mut scales[..halves], &mut offsets[..halves]);
+        for (i, codes) in codes.as_chunks::<{ HALF }>().0.iter().enumerate() {
+            let half = b * halves + i;
+            let out = &mut out[half / 4 * w8_affine::BLOCK_BYTES..][..w8_affine::BLOCK_BYTES];
+            let (vectors, steps) = out.split_at_mut(w8_affine::SCALE_BYTES);
+            let vectors = &mut vectors.as_chunks_mut::<STEP>().0[half % 4 * 2..];
+            vectors[0][4 * row..][..4].copy_from_slice(&scales[i].to_le_bytes());
+            vectors[1][4 * row..][..4].copy_from_slice(&offsets[i].to_le_bytes());
+            let steps = &mut steps.as_chunks_mut::<STEP>().0[half % 4 * 4..];
+            for (step, four) in steps.iter_mut().zip(codes.as_chunks::<4>().0) {
+                step[4 * row..][..4].copy_from_slice(&four.map(|code| code as u8 ^ 0x80));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{Made, Panels};
+    use crate::quant::decode_row;
+    use crate::simd::Cpu;
+
+    #[test]
+    fn panels_hold_the_numbers_of_blocks() {
+        for block in BlockType::ALL {
+            for (rows, blocks) in [(1, 1), (16, 2), (33, 3), (5, 7)] {
+                let made = Made::Reordered(block);
+                let cols = blocks * block.cols();
+                let Panels { format, bytes, decoded } = made.matrix(Cpu::best(), rows, cols, 3);
+                assert_eq!(format, panel_format(block));
+                for row in 0..rows.next_multiple_of(PANEL_ROWS) {
+                    let mut out = vec![f32::NAN; cols];
+                    decode_row(format, &bytes, cols, row, &mut out);
+                    let want = decoded.get(row * cols..(row + 1) * cols);
+                    let want = want.map_or(vec![0.0; cols], <[f32]>::to_vec);
+                    // -0 and 0 are one number.
+                    assert_eq!(out, want, "{block:?} {rows}x{cols} row {row}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! W4 with the values of IQ4_NL: 4-bit codes that are places in a table, one f16 scale per row and
+//! group of 32; 4.5 bits a weight.
+//!
+//! A block is laid out as one of [`super::w4`]; weight = scale TABLE[code]. The table is finer
+//! around zero, where most weights are.
+
+use super::w4::{self, SCALE_BYTES, W4};
+use super::{GROUP, GROUP_STEPS, Group, Packed, add_scaled};
+use crate::simd::{Isa, LANES};
+use half::f16;
+
+/// The values of the codes, as ggml defines them for IQ4_NL.
+pub const TABLE: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+/// The table as codes of a byte, which stand for themselves less 128.
+const BYTES: [u8; 16] = {
+    let mut bytes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        bytes[i] = (TABLE[i] as i16 + 128) as u8;
+        i += 1;
+    }
+    bytes
+};
+
+pub struct W4Nl;
+
+impl Packed for W4Nl {
+    type Block = <W4 as Packed>::Block;
+    const GROUPS: usize = W4::GROUPS;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks::<{ GROUP_STEPS / 2 }>();
+        let mut dots = [s.splat_i32(0); M];
+        for m in 0..M {
+            dots[m] = s.splat_i32(-S::BYTE_BIAS * x.sums[m]);
+        }
+        for t in 0..GROUP_STEPS / 2 {
+            let w = s.load_bytes(&codes[g][t]);
+            let low = s.lookup(&BYTES, s.low_nibbles(w));
+            let high = s.lookup(&BYTES, s.high_nibbles(w));
+            for m in 0..M {
+                dots[m] = s.dot_bytes(dots[m], low, s.splat_bytes(x.codes[2 * t][m]));
+                dots[m] = s.dot_bytes(dots[m], high, s.splat_bytes(x.codes[2 * t + 1][m]));
+            }
+        }
+        add_scaled(s, dots, w4::scales(s, block, g), x.scales, acc);
+    }
+
+    #[inline]
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let at = 2 * (col / GROUP * LANES + row);
+        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+        scale * f32::from(TABLE[usize::from(w4::code(block, row, col))])
+    }
+}
