@@ -259,12 +259,18 @@ fn damage_is_found() {
     let error = rewritten(&|header| header["__metadata__"]["qdelta.version"] = json!("1"));
     assert!(matches!(error, Error::Unsupported(_)));
     assert!(error.to_string().contains("convert the checkpoint again"), "{error}");
-    let error = rewritten(&|header| header["__metadata__"]["qdelta.quant"] = json!("w4"));
-    assert!(
-        error.to_string().contains("layers.0.linear_attn.in_proj_qkv.w4` is missing"),
-        "{error}"
-    );
     let up = "layers.0.mlp.up_proj.w8";
+    let renamed = |name: &str| {
+        rewritten(&|header| {
+            let tensor = header[up].take();
+            header.as_object_mut().expect("an object").remove(up);
+            header[format!("layers.0.mlp.up_proj.{name}")] = tensor;
+        })
+    };
+    let error = renamed("w3").to_string();
+    assert!(error.ends_with("tensor `layers.0.mlp.up_proj.weight` is missing"), "{error}");
+    let error = renamed("w4").to_string();
+    assert!(error.ends_with("up_proj.w4`: shape [3, 1088], expected [3, 576]"), "{error}");
     let error = rewritten(&|header| header[up]["shape"] = json!([1, 3 * 1088]));
     assert_eq!(
         error.to_string(),
