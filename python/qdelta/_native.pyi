@@ -5,14 +5,14 @@ Everything here releases the interpreter lock while it works. Errors are the cla
 """
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 @final
 class Checkpoint:
-    """An opened and validated checkpoint: a folder, or one converted file.
+    """An opened and validated checkpoint: a folder, a GGUF file, or one converted file.
 
     Only headers are read. Raises FileError (naming file and tensor, expected and found),
     UnsupportedError or FileAccessError.
@@ -25,7 +25,19 @@ class Checkpoint:
 
     @property
     def quant(self) -> str:
-        """Format of the weights: "none" is the file's own precision; else "w8" or "w4"."""
+        """What the weights were converted to: "w8", "w4", "gguf", or "none"."""
+
+    @property
+    def convention(self) -> str:
+        """What the numbers mean: "transformers", or "gguf" for a GGUF file and what was converted
+        from one (norms have 1 added, A_log is -exp(A_log), value heads are in another order)."""
+
+    def gguf_keys(self) -> list[str]:
+        """Keys of a GGUF file's metadata; else empty."""
+
+    def gguf_value(self, key: str) -> Any:
+        """A value of a GGUF file's metadata, int, float, bool, str or a list of them; None if
+        there is none. Raises FileError for a string that is no UTF-8."""
 
     @property
     def yarn(self) -> float | None:
@@ -43,22 +55,22 @@ class Checkpoint:
         was made from."""
 
     def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, str]]:
-        """(canonical name, dtype or format, shape, bytes, file) of every tensor."""
+        """(name in the file, dtype or format, shape, bytes, file) of every tensor."""
 
 def convert(
     source: Checkpoint,
-    out: str,
+    out: str | None,
     *,
     quant: str,
-    attachments: list[tuple[str, str]],
+    attachments: list[tuple[str, str | bytes]],
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write `source` as one file in the format `quant` ("w8" or "w4").
+) -> Checkpoint | None:
+    """Write `source` as one file in the format `quant`: "w8", "w4", or "gguf" for a GGUF file.
 
-    attachments: (name, path) of files to carry along. threads: 1 to 1024, or all. progress is
-    called with (bytes done, bytes in all). The file appears under its name only when complete;
-    Ctrl-C leaves nothing.
+    out: None: make it in memory, and return it opened. attachments: (name, path or content) of
+    files to carry along. threads: 1 to 1024, or all. progress is called with (bytes done, bytes in
+    all). The file appears under its name only when complete; Ctrl-C leaves nothing.
     """
 
 def verify(path: str) -> None:

@@ -6,7 +6,7 @@ import json
 import numbers
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import _native, weights
 from .errors import ArgumentError
@@ -42,17 +42,19 @@ def load(
     kv: str = "auto",
     isa: str | None = None,
     head: str = "full",
-    cache: str | Path | None = None,
+    cache: str | Path | Literal[False] | None = None,
     offline: bool = False,
     progress: bool | None = None,
     **synonyms: Any,
 ) -> Model:
     """Load a model.
 
-    model: a name on the hub, a checkpoint folder, a converted file, or "demo", the toy that
-    travels with the package.
-    quant: "none" computes with the file's own weights; "w8" and "w4" convert it once and keep
-    the result; "auto" is what a converted file already is, "none" for toys, and else "w4".
+    model: a name on the hub, a checkpoint folder, a GGUF file, a converted file, or "demo", the
+    toy that travels with the package.
+    quant: "w8" and "w4" convert the model once and keep the result; "none" computes with the
+    file's own weights where they lie. A quantised GGUF file keeps its numbers: "gguf" puts them
+    once into the order that is fastest to read, "none" makes no copy and is slower. "auto" is what
+    a converted file already is, "none" for toys, "gguf" for quantised GGUF files, and else "w4".
     ctx: tokens that a session can hold; None: as many as the model was made for. Memory is
     taken as it fills.
     yarn: factor by which YaRN extends the context, as 4.0 for a million tokens of a 4B or 9B; it
@@ -68,7 +70,7 @@ def load(
     head's bytes, in quantised weights, for greedy choices and top_k up to 256 without
     processors; anything else is computed in full. A candidate may be missed, with odds that
     `Model.screening` measures; those found have the same logits.
-    cache: folder for converted files. offline: touch no network.
+    cache: folder for converted files; False converts into memory at each load. offline: touch no network.
     progress: show progress bars; None: if the output is a terminal.
 
     Raises FileError, FileAccessError, UnsupportedError or ArgumentError.
@@ -95,14 +97,14 @@ def _load(
     kv: str,
     isa: str | None,
     head: str,
-    cache: str | Path | None,
+    cache: str | Path | Literal[False] | None,
     offline: bool,
     progress: bool | None,
 ) -> Model:
     started = time.perf_counter()
     _check_count("ctx", ctx)
     _check_count("threads", threads)
-    path = locate(model, offline=offline, cache=cache, progress=progress)
+    path = locate(model, offline=offline, cache=cache or None, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)
     native = _native.Model(

@@ -1,11 +1,12 @@
-"""Where a model's files are: a folder, one converted file, the package itself, or the hub."""
+"""Where a model's files are: a folder, a GGUF or converted file, the package itself, the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import ArgumentError, FileError, UnsupportedError
+from . import gguf
+from .errors import ArgumentError, FileError
 from .vocabulary import TOKENIZER_FILES, read_folder
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def locate(
 ) -> Path:
     """The folder or file that `source` names, fetched from the hub if need be.
 
-    weights: False: the files of the tokenizer are enough. Raises UnsupportedError for GGUF
-    files, ArgumentError and FileAccessError for names that lead nowhere.
+    weights: False: the files of the tokenizer are enough. Raises ArgumentError and
+    FileAccessError for names that lead nowhere.
     """
     if not str(source):
         # An empty path would be the current folder, which nobody means by it.
@@ -33,9 +34,7 @@ def locate(
 
         return demo.path()
     path = Path(source)
-    if path.suffix == ".gguf":
-        raise UnsupportedError(f"{path}: GGUF files are not supported")
-    if path.exists() or isinstance(source, Path) or path.suffix == ".safetensors":
+    if path.exists() or isinstance(source, Path) or path.suffix in (".safetensors", ".gguf"):
         return path  # whether it is there or not: opening it tells what is wrong
     from . import hub
 
@@ -45,9 +44,9 @@ def locate(
 
 
 def tokenizer_files(path: Path, checkpoint: _native.Checkpoint | None = None) -> dict[str, bytes]:
-    """Contents by name of the tokenizer files in a folder, or inside a converted file.
+    """Contents by name of the tokenizer files in a folder, or inside a GGUF or converted file.
 
-    checkpoint: the converted file, if it is open already. Raises FileError if there are none.
+    checkpoint: the file, if it is open already. Raises FileError if there are none.
     """
     if path.is_dir():
         return read_folder(path)
@@ -55,6 +54,8 @@ def tokenizer_files(path: Path, checkpoint: _native.Checkpoint | None = None) ->
         from . import _native
 
         checkpoint = _native.Checkpoint(str(path))
+    if checkpoint.quant == "none" and checkpoint.convention == "gguf":
+        return gguf.tokenizer_files(checkpoint.gguf_value)
     found = {name: checkpoint.attachment(name) for name in TOKENIZER_FILES}
     files = {name: content for name, content in found.items() if content is not None}
     if not files:

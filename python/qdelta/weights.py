@@ -14,32 +14,35 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from . import _native
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
 from .hub import SMALL_FILES
 from .progress import byte_bar
+from .source import tokenizer_files
 
-QUANTS = ("auto", "none", "w8", "w4")
-
+QUANTS = ("auto", "none", "w8", "w4", "gguf")
 
 # Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
 SMALL_BYTES = 64 << 20
+_FLOATS = ("BF16", "F16", "F32", "F64", "I8", "I16", "I32", "I64")
 
 
 def open_model(
     path: str | Path,
     quant: str = "auto",
-    cache: str | Path | None = None,
+    cache: str | Path | Literal[False] | None = None,
     progress: bool | None = None,
     *,
     threads: int | None = None,
 ) -> _native.Checkpoint:
-    """Open a checkpoint folder or converted file, in the format `quant`.
+    """Open a checkpoint folder, GGUF file or converted file, in the format `quant`.
 
-    quant: "none", "w8", "w4"; "auto" is what a converted file already is, the file's own weights
-    for models under 64 MB, and w4 otherwise. cache: folder for converted files. progress: show a
-    bar while converting; None: on a terminal. threads: for the conversion; None: all.
+    quant: "none", "w8", "w4", "gguf"; "auto" is what a converted or quantised GGUF file already is,
+    the file's own weights for models under 64 MB, and w4 otherwise. cache: folder for converted
+    files; False: convert into memory, each time. progress: show a bar while converting; None: on a
+    terminal. threads: for the conversion; None: all.
 
     Raises FileError, UnsupportedError, FileAccessError, or ArgumentError for an unknown quant.
     """
@@ -54,10 +57,11 @@ def open_model(
             )
         return source
     if quant == "auto":
-        size = sum(entry[3] for entry in source.tensors())
-        quant = "none" if size < SMALL_BYTES else "w4"
+        quant = _automatic(source)
     if quant == "none":
         return source
+    if cache is False:
+        return _convert(source, path, None, quant, progress, threads)
     out = converted_path(path, quant, cache)
     # Without the lock, so that a cache that may only be read serves: files appear whole.
     fresh = _open_if_fresh(out, source)
@@ -69,8 +73,7 @@ def open_model(
             return fresh
         with _cache_errors(out):
             out.unlink(missing_ok=True)  # stale, or damaged beyond recognition
-        convert(source, path, out, quant=quant, progress=progress, threads=threads)
-    return _native.Checkpoint(os.fspath(out))
+        return _convert(source, path, os.fspath(out), quant, progress, threads)
 
 
 def convert(
@@ -86,19 +89,43 @@ def convert(
 
     The files of the tokenizer and the template travel along, so that it is a whole model.
     """
-    folder = Path(path)
-    attachments = [
-        (name, os.fspath(folder / name)) for name in SMALL_FILES if (folder / name).is_file()
-    ]
-    with byte_bar(f"Converting {folder.resolve().name} to {quant}", progress) as report:
-        _native.convert(
+    _convert(source, path, os.fspath(out), quant, progress, threads)
+
+
+def _convert(
+    source: _native.Checkpoint,
+    path: str | Path,
+    out: str | None,
+    quant: str,
+    progress: bool | None,
+    threads: int | None,
+) -> _native.Checkpoint:
+    """Convert to the file `out`, or into memory if it is None; returns what was converted."""
+    path = Path(path)
+    attachments: list[tuple[str, str | bytes]]
+    if path.is_dir():
+        files = (name for name in SMALL_FILES if (path / name).is_file())
+        attachments = [(name, os.fspath(path / name)) for name in files]
+    else:
+        attachments = list(tokenizer_files(path, source).items())
+    with byte_bar(f"Converting {path.resolve().name} to {quant}", progress) as report:
+        converted = _native.convert(
             source,
-            os.fspath(out),
+            out,
             quant=quant,
             attachments=attachments,
             threads=threads,
             progress=report,
         )
+    return converted or _native.Checkpoint(out or "")
+
+
+def _automatic(source: _native.Checkpoint) -> str:
+    """What "auto" stands for."""
+    tensors = source.tensors()
+    if sum(size for _, _, _, size, _ in tensors) < SMALL_BYTES:
+        return "none"
+    return "gguf" if any(dtype not in _FLOATS for _, dtype, _, _, _ in tensors) else "w4"
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:

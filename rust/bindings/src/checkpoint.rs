@@ -2,7 +2,8 @@
 
 use crate::error::{detached, exception};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyList};
+use qdelta_core::files::gguf::Value;
 use qdelta_core::model::checkpoint;
 use qdelta_core::{Error, convert as core_convert};
 use std::collections::BTreeMap;
@@ -35,6 +36,20 @@ impl Checkpoint {
     }
 
     #[getter]
+    fn convention(&self) -> &str {
+        self.inner.convention.name()
+    }
+
+    fn gguf_keys(&self) -> Vec<String> {
+        self.inner.gguf().map_or(Vec::new(), |gguf| gguf.keys().map(str::to_owned).collect())
+    }
+
+    fn gguf_value<'py>(&self, py: Python<'py>, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let value = detached(py, || self.inner.gguf().map_or(Ok(None), |gguf| gguf.get(key)))?;
+        value.map(|value| python_value(py, value)).transpose()
+    }
+
+    #[getter]
     fn yarn(&self) -> Option<f64> {
         self.inner.config.rope.yarn.as_ref().map(|yarn| yarn.factor)
     }
@@ -56,6 +71,20 @@ impl Checkpoint {
     fn tensors(&self) -> Vec<(String, String, Vec<usize>, usize, String)> {
         self.inner.listing()
     }
+}
+
+fn python_value(py: Python<'_>, value: Value) -> PyResult<Bound<'_, PyAny>> {
+    Ok(match value {
+        Value::Unsigned(n) => n.into_pyobject(py)?.into_any(),
+        Value::Signed(n) => n.into_pyobject(py)?.into_any(),
+        Value::Float(x) => x.into_pyobject(py)?.into_any(),
+        Value::Bool(flag) => flag.into_pyobject(py)?.to_owned().into_any(),
+        Value::Text(text) => text.into_pyobject(py)?.into_any(),
+        Value::Array(values) => {
+            let values = values.into_iter().map(|value| python_value(py, value));
+            PyList::new(py, values.collect::<PyResult<Vec<_>>>()?)?.into_any()
+        }
+    })
 }
 
 /// A file that travels along in a converted one: a path, or its content.

@@ -5,10 +5,12 @@
 
 pub mod container;
 pub mod folder;
+pub mod gguf;
 pub mod mmap;
 pub mod safetensors;
 
 use crate::error::{Error, Result};
+use crate::quant::BlockType;
 use crate::tensor::{Bytes, Dtype};
 use std::fs::{self, Metadata};
 use std::io::Read;
@@ -78,6 +80,7 @@ impl FileTensor {
     pub fn known_dtype(&self) -> Option<Dtype> {
         [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::U8]
             .into_iter()
+            .chain(BlockType::ALL.map(Dtype::Blocks))
             .find(|d| d.name() == self.dtype)
     }
 

@@ -5,11 +5,13 @@
 //! and the vision tower are each there as a whole or not at all.
 
 use super::config::Config;
+use super::gguf;
 use super::recipe::Storage;
 use super::tensors::{Role, TensorSpec, canonical_name, mtp_tensors, text_tensors, vision_tensors};
 use crate::error::{Error, Result};
 use crate::files::container::{self, ALIGNMENT, Info};
 use crate::files::folder::{Folder, mlx};
+use crate::files::gguf::{Gguf, Metadata, starts_like_gguf};
 use crate::files::mmap::Mapping;
 use crate::files::safetensors::read_header;
 use crate::files::{Convention, FileTensor, SourceFile, file_name, shape_text};
@@ -20,7 +22,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-/// An opened checkpoint: a folder as Hugging Face holds it, or a converted file.
+/// An opened checkpoint: a folder as Hugging Face holds it, a GGUF file, or a converted file.
 pub struct Checkpoint {
     pub config: Config,
     pub config_json: String,
@@ -30,6 +32,7 @@ pub struct Checkpoint {
     pub convention: Convention,
     name: String,
     metadata: BTreeMap<String, String>,
+    gguf: Option<Metadata>,
     specs: Vec<TensorSpec>,
     tensors: HashMap<String, Bound>,
     attachments: BTreeMap<String, Bytes>,
@@ -45,17 +48,49 @@ struct Bound {
 }
 
 impl Checkpoint {
-    /// Opens a folder or a converted file.
+    /// Opens a folder, a GGUF file, or a converted file.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        if metadata.is_dir() { Checkpoint::open_folder(path) } else { Checkpoint::open_file(path) }
+        if metadata.is_dir() {
+            return Checkpoint::open_folder(path);
+        }
+        let mapping = Mapping::open(path)?;
+        if starts_like_gguf(&mapping.bytes()) {
+            return Checkpoint::open_gguf(path);
+        }
+        let checkpoint = Checkpoint::open_converted(mapping.bytes(), file_name(path))?;
+        Ok(Checkpoint { mappings: vec![mapping], ..checkpoint })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Checkpoint> {
+        let (gguf, name) = (Gguf::open(path)?, file_name(path));
+        let config_json = gguf::config_json(&gguf, &name)?;
+        let config = Config::from_json(&config_json, &name)?;
+        let found = gguf::tensors(&gguf, config.num_hidden_layers)?;
+        let Gguf { metadata, tensors: listing, mappings } = gguf;
+        let (specs, tensors, _) = bind(&config, Kind::Gguf, &name, found, Vec::new())?;
+        Ok(Checkpoint {
+            config,
+            config_json,
+            quant: Quant::None,
+            convention: Convention::Gguf,
+            name,
+            metadata: BTreeMap::new(),
+            gguf: Some(metadata),
+            specs,
+            tensors,
+            attachments: BTreeMap::new(),
+            listing,
+            sources: mappings.iter().map(|m| m.source().clone()).collect(),
+            mappings,
+        })
     }
 
     fn open_folder(path: &Path) -> Result<Checkpoint> {
         let Folder { config_json, tensors, unlisted, mappings, sources } = Folder::open(path)?;
         let config = Config::from_json(&config_json, "config.json")?;
         let name = path.display().to_string();
-        let (specs, tensors, listing) = bind(&config, false, &name, tensors, unlisted)?;
+        let (specs, tensors, listing) = bind(&config, Kind::Folder, &name, tensors, unlisted)?;
         Ok(Checkpoint {
             config,
             config_json,
@@ -63,6 +98,7 @@ impl Checkpoint {
             convention: Convention::Transformers,
             name,
             metadata: BTreeMap::new(),
+            gguf: None,
             specs,
             tensors,
             attachments: BTreeMap::new(),
@@ -70,12 +106,6 @@ impl Checkpoint {
             sources,
             mappings,
         })
-    }
-
-    fn open_file(path: &Path) -> Result<Checkpoint> {
-        let mapping = Mapping::open(path)?;
-        let checkpoint = Checkpoint::open_converted(mapping.bytes(), file_name(path))?;
-        Ok(Checkpoint { mappings: vec![mapping], ..checkpoint })
     }
 
     /// Opens a converted file that lies in memory. name: for errors.
@@ -103,7 +133,7 @@ impl Checkpoint {
                 found.push(FileTensor { name: entry.name, dtype, shape, bytes, file });
             }
         }
-        let (specs, tensors, listing) = bind(&config, true, &name, found, Vec::new())?;
+        let (specs, tensors, listing) = bind(&config, Kind::Converted, &name, found, Vec::new())?;
         Ok(Checkpoint {
             config,
             config_json,
@@ -111,6 +141,7 @@ impl Checkpoint {
             convention,
             name,
             metadata: header.metadata,
+            gguf: None,
             specs,
             tensors,
             attachments,
@@ -193,6 +224,11 @@ impl Checkpoint {
         &self.metadata
     }
 
+    /// The metadata of a GGUF file.
+    pub fn gguf(&self) -> Option<&Metadata> {
+        self.gguf.as_ref()
+    }
+
     /// The files of the checkpoint; for a converted file, those it was made from.
     pub fn sources(&self) -> &[SourceFile] {
         &self.sources
@@ -231,13 +267,20 @@ impl Checkpoint {
 /// What the model has, and all that the files have.
 type Found = (Vec<TensorSpec>, HashMap<String, Bound>, Vec<FileTensor>);
 
+/// What tensors come from, which decides their names and formats.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Folder,
+    Gguf,
+    Converted,
+}
+
 /// Finds the tensors of the model among those of the files.
 ///
-/// converted: whether they are those of a converted file, which has its own names and formats; place:
-/// what the tensors come from, for errors; found: with unique names; ignored: only listed.
+/// place: what the tensors come from, for errors; found: with unique names; ignored: only listed.
 fn bind(
     config: &Config,
-    converted: bool,
+    kind: Kind,
     place: &str,
     found: Vec<FileTensor>,
     ignored: Vec<FileTensor>,
@@ -245,15 +288,18 @@ fn bind(
     let mut by_name: HashMap<String, &FileTensor> = HashMap::with_capacity(found.len());
     let mut twice: HashMap<String, &FileTensor> = HashMap::new();
     for tensor in &found {
-        // Names in a converted file are canonical.
-        let name = if converted { tensor.name.clone() } else { canonical_name(&tensor.name) };
+        // Elsewhere names are canonical.
+        let name = match kind {
+            Kind::Folder => canonical_name(&tensor.name),
+            Kind::Gguf | Kind::Converted => tensor.name.clone(),
+        };
         if let Some(other) = by_name.insert(name.clone(), tensor) {
             twice.insert(name, other);
         }
     }
 
     let present = |spec: &TensorSpec| {
-        storages(spec, converted).any(|storage| by_name.contains_key(&storage.name(spec)))
+        storages(spec, kind).any(|storage| by_name.contains_key(&storage.name(spec)))
     };
     let mut specs = text_tensors(config);
     let vision = config.vision.as_ref().map(vision_tensors).unwrap_or_default();
@@ -264,7 +310,7 @@ fn bind(
     }
     let mut tensors = HashMap::with_capacity(specs.len());
     for spec in &specs {
-        let mut there = storages(spec, converted).filter_map(|storage| {
+        let mut there = storages(spec, kind).filter_map(|storage| {
             let name = storage.name(spec);
             by_name.get(&name).map(|tensor| (storage, name, *tensor))
         });
@@ -288,7 +334,7 @@ fn bind(
             )));
         }
         let place = tensor.place();
-        tensors.insert(name, Bound { tensor: check(config, spec, storage, tensor)?, place });
+        tensors.insert(name, Bound { tensor: check(config, kind, spec, storage, tensor)?, place });
     }
     refuse_companions(&tensors, &by_name)?;
     let mut listing = found;
@@ -297,8 +343,8 @@ fn bind(
 }
 
 /// How a tensor may be stored.
-fn storages(spec: &TensorSpec, converted: bool) -> impl Iterator<Item = Storage> {
-    let small = spec.role == Role::Small;
+fn storages(spec: &TensorSpec, kind: Kind) -> impl Iterator<Item = Storage> {
+    let (small, converted) = (spec.role == Role::Small, kind == Kind::Converted);
     let plain = if converted && small { Storage::F32 } else { Storage::AsIs };
     let coded = Format::all_quantised()
         .filter(move |_| converted && !small)
@@ -321,6 +367,7 @@ fn missing(config: &Config, place: &str, name: &str) -> Error {
 /// Checks dtype and shape of a tensor.
 fn check(
     config: &Config,
+    kind: Kind,
     spec: &TensorSpec,
     storage: Storage,
     found: &FileTensor,
@@ -331,13 +378,18 @@ fn check(
         let transposed = format!("shape {}, expected {:?}", shape_text(&found.shape), spec.shape);
         return Err(mlx(&place, &transposed));
     }
+    let blocks = kind == Kind::Gguf && !matches!(spec.role, Role::Small | Role::Vision);
     let expected = match storage {
+        Storage::AsIs if blocks => {
+            "BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, \
+             IQ4_XS or MXFP4"
+        }
         Storage::AsIs => "BF16, F16 or F32",
         Storage::F32 => "F32",
         Storage::Coded(_) => "U8",
     };
     let fits = |dtype: &Dtype| match storage {
-        Storage::AsIs => dtype.is_float(),
+        Storage::AsIs => dtype.is_float() || blocks && matches!(dtype, Dtype::Blocks(_)),
         Storage::F32 => *dtype == Dtype::F32,
         Storage::Coded(_) => *dtype == Dtype::U8,
     };
@@ -360,7 +412,9 @@ fn refuse_companions(
     tensors: &HashMap<String, Bound>,
     by_name: &HashMap<String, &FileTensor>,
 ) -> Result<()> {
-    const COMPANIONS: [&str; 6] = [
+    const COMPANIONS: [&str; 8] = [
+        ".scale",
+        ".input_scale",
         ".bias",
         ".weight_scale",
         ".weight_scale_inv",

@@ -28,7 +28,7 @@ pub struct Options {
     pub yarn: Option<f64>,
     /// Threads, the caller's included; [`threads::default_threads`] if not given.
     pub threads: Option<usize>,
-    /// Format of the KV cache; f32 for unquantised weights and f16 otherwise if not given.
+    /// Format of the KV cache; f32 if no weights are quantised, and f16 otherwise if not given.
     pub kv: Option<KvFormat>,
     /// Instruction set; `QDELTA_ISA` or the best of the machine if not given.
     pub cpu: Option<Cpu>,
@@ -105,9 +105,9 @@ impl Model {
             (None, Ok(name)) if !name.is_empty() => Cpu::named(&name)?,
             _ => Cpu::best(),
         };
-        let kv =
-            options.kv.unwrap_or(if quant == Quant::None { KvFormat::F32 } else { KvFormat::F16 });
         let weights = Weights::bind(&config, &*source)?;
+        let exact = !weights.matrices().any(|matrix| matrix.format.is_quantised());
+        let kv = options.kv.unwrap_or(if exact { KvFormat::F32 } else { KvFormat::F16 });
         let in_planes = weights.lm_head.format == Format::W8Planes;
         Ok(Model {
             head: if in_planes { options.head } else { Head::Full },

@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod forward;
+pub mod gguf;
 pub mod recipe;
 pub mod synthetic;
 pub mod tensors;
