@@ -239,7 +239,7 @@ class kernels:  # a module
     def matmul(isa: str, format: str, rows: int, cols: int, tokens: int, repeats: int) -> float:
         """A random [rows, cols] matrix times `tokens` rows.
 
-        format: bf16, f16, f32, w8, w8_planes or w4.
+        format: bf16, f16, f32, w8, w8_planes, w4, w4_nl, w4_k, w5_k or w6_k.
         """
 
     @staticmethod

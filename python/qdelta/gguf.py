@@ -62,9 +62,9 @@ def tokenizer_files(get: Callable[[str], Any]) -> dict[str, bytes]:
 
     config: dict[str, Any] = {"added_tokens_decoder": added}
     for name, key in (("eos_token", "eos"), ("bos_token", "bos"), ("pad_token", "padding")):
-        id = _token_id(get, f"tokenizer.ggml.{key}_token_id", len(tokens))
-        if id is not None:
-            config[name] = tokens[id]
+        named = _token_id(get, f"tokenizer.ggml.{key}_token_id", len(tokens))
+        if named is not None:
+            config[name] = tokens[named]
     files = {
         "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
         "merges.txt": "\n".join(merges).encode(),

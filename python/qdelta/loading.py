@@ -70,7 +70,8 @@ def load(
     head's bytes, in quantised weights, for greedy choices and top_k up to 256 without
     processors; anything else is computed in full. A candidate may be missed, with odds that
     `Model.screening` measures; those found have the same logits.
-    cache: folder for converted files; False converts into memory at each load. offline: touch no network.
+    cache: folder for converted files; False converts into memory at each load.
+    offline: touch no network.
     progress: show progress bars; None: if the output is a terminal.
 
     Raises FileError, FileAccessError, UnsupportedError or ArgumentError.

@@ -1,6 +1,7 @@
 //! Random numbers for synthetic weights and benchmarks.
 
-use crate::quant::{Format, w4, w8, w8_planes};
+use crate::quant::{Format, k, w4, w8, w8_planes};
+use crate::simd::LANES;
 use half::{bf16, f16};
 
 /// xorshift64* (Marsaglia 2003, Vigna 2016): fast, and good enough for weights nobody reads.
@@ -39,21 +40,32 @@ impl Random {
             Format::F32 => bytes.as_chunks_mut().0.iter_mut().for_each(|x| {
                 *x = self.uniform(scale).to_le_bytes();
             }),
-            Format::W4 => self.fill_blocks(w4::BLOCK_BYTES, scale / 8.0, bytes),
-            Format::W8 => self.fill_blocks(w8::BLOCK_BYTES, scale / 128.0, bytes),
+            Format::W4 => self.fill_blocks(w4::BLOCK_BYTES, (w4::SCALE_BYTES, scale / 8.0), bytes),
+            Format::W4Nl => {
+                self.fill_blocks(w4::BLOCK_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes)
+            }
+            Format::W8 => {
+                self.fill_blocks(w8::BLOCK_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes)
+            }
             Format::W8Planes if plane == 0 => {
-                self.fill_blocks(w8_planes::HIGH_BYTES, scale / 128.0, bytes);
+                self.fill_blocks(w8_planes::HIGH_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes);
             }
             Format::W8Planes => self.fill_codes(bytes),
-            _ => panic!("random matrices are not made in {}", format.name()),
+            // Factors of scales and offsets are random bytes, 128 in the mean.
+            Format::W4K => self.fill_blocks(k::W4K_BYTES, (4 * LANES, scale / 1024.0), bytes),
+            Format::W5K => self.fill_blocks(k::W5K_BYTES, (4 * LANES, scale / 2048.0), bytes),
+            Format::W6K => self.fill_blocks(k::W6K_BYTES, (2 * LANES, scale / 4096.0), bytes),
+            Format::W8Affine | Format::Blocks(_) => {
+                panic!("random matrices are not made in {}", format.name())
+            }
         }
     }
 
-    /// Random codes, and one scale for all groups.
-    fn fill_blocks(&mut self, block_bytes: usize, scale: f32, bytes: &mut [u8]) {
+    /// Random bytes, and in each block one f16 for all of its first bytes.
+    fn fill_blocks(&mut self, block_bytes: usize, (first, scale): (usize, f32), bytes: &mut [u8]) {
         let scale = f16::from_f32(scale).to_le_bytes();
         for block in bytes.chunks_exact_mut(block_bytes) {
-            let (scales, codes) = block.split_at_mut(w4::SCALE_BYTES);
+            let (scales, codes) = block.split_at_mut(first);
             scales.as_chunks_mut().0.fill(scale);
             self.fill_codes(codes);
         }
