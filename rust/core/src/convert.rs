@@ -223,7 +223,7 @@ fn write_coded<S: Sink>(
                         widen(from, rows, values);
                         let fits = values.iter().all(|x| x.abs() <= LARGEST);
                         if fits {
-                            encode_panel(format, values, cols, panel);
+                            encode_panel(format, values, cols, None, panel);
                         }
                         fits
                     }

@@ -107,7 +107,7 @@ fn the_file_holds_the_checkpoint() {
                     for plane in planes(format, cols) {
                         for rows in panels.clone() {
                             panel.fill(0);
-                            encode_panel(format, rows, cols, &mut panel);
+                            encode_panel(format, rows, cols, None, &mut panel);
                             let (to, after) = rest.split_at(plane.len());
                             assert_eq!(panel[plane.clone()], *to, "{}", spec.name);
                             rest = after;

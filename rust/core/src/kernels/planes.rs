@@ -164,7 +164,7 @@ mod tests {
     /// The planes of 16 random rows.
     fn panel(cpu: Cpu, w: &[f32], cols: usize) -> Vec<u8> {
         let mut out = vec![0; panel_bytes(Format::W8Planes, cols)];
-        encode_panel_on(cpu, Format::W8Planes, w, cols, &mut out);
+        encode_panel_on(cpu, Format::W8Planes, w, cols, None, &mut out);
         out
     }
 

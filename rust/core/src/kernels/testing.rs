@@ -1,5 +1,6 @@
 //! What the tests of kernels share.
 
+use crate::quant::k::SUPER;
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::{
     BlockType, Format, PANEL_ROWS, decode_row, encode_panel_on, panel_bytes, planes,
@@ -26,14 +27,15 @@ pub struct Panels {
 impl Made {
     /// All ways to fill the formats of panels.
     pub fn all() -> impl Iterator<Item = Made> {
-        let encoded = [Format::W8, Format::W8Planes, Format::W4].map(Made::Encoded);
-        encoded.into_iter().chain(BlockType::ALL.map(Made::Reordered))
+        let encoded = Format::PACKED.into_iter().filter(|f| *f != Format::W8Affine);
+        encoded.map(Made::Encoded).chain(BlockType::ALL.map(Made::Reordered))
     }
 
     /// About `cols` columns, as many as the format takes.
     pub fn cols(self, cols: usize) -> usize {
         match self {
-            Made::Encoded(_) => cols,
+            Made::Encoded(format) if format.takes_cols(cols) => cols,
+            Made::Encoded(_) => cols.next_multiple_of(SUPER),
             Made::Reordered(block) => cols.next_multiple_of(block.cols()),
         }
     }
@@ -72,7 +74,7 @@ pub fn pack(cpu: Cpu, format: Format, w: &[f32], cols: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     for plane in planes(format, cols) {
         for rows in w.chunks(PANEL_ROWS * cols) {
-            encode_panel_on(cpu, format, rows, cols, &mut panel);
+            encode_panel_on(cpu, format, rows, cols, None, &mut panel);
             bytes.extend_from_slice(&panel[plane.clone()]);
         }
     }

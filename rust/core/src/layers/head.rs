@@ -208,7 +208,7 @@ mod tests {
         let mut rest = &mut bytes[..];
         for plane in planes(format, cols) {
             for w in w.chunks(PANEL_ROWS * cols) {
-                encode_panel(format, w, cols, &mut panel);
+                encode_panel(format, w, cols, None, &mut panel);
                 let (out, after) = rest.split_at_mut(plane.len());
                 out.copy_from_slice(&panel[plane.clone()]);
                 rest = after;

@@ -25,7 +25,10 @@
 //!         2 x 64 B   plane p, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are the high bits
 //!                    of column 16p + 4t + i
 
-use super::{GROUP, GROUP_STEPS, Group, Packed, add_halves, add_scaled, subtract_offsets};
+use super::ggml::HALF;
+use super::search::{self, Codes, Integers};
+use super::w4::put_nibbles;
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_halves, add_scaled, subtract_offsets};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -87,6 +90,10 @@ impl Packed for W4K {
         panel.as_chunks().0
     }
 
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
     #[inline(always)]
     fn add<S: Isa, const M: usize>(
         s: S,
@@ -116,6 +123,10 @@ impl Packed for W5K {
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
         panel.as_chunks().0
+    }
+
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
     }
 
     #[inline(always)]
@@ -166,6 +177,10 @@ impl Packed for W6K {
         panel.as_chunks().0
     }
 
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
     #[inline(always)]
     fn add<S: Isa, const M: usize>(
         s: S,
@@ -207,5 +222,128 @@ impl Packed for W6K {
         let d = f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
         let a = f32::from(block[A6 + (2 * g + half) * LANES + row] as i8);
         d * a * (i32::from(code) - ZERO6) as f32
+    }
+}
+
+impl Encode for W4K {
+    #[inline(always)]
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
+        let put = |g: usize, codes: &[[u8; LANES]; GROUP], block: &mut [u8]| {
+            let steps = block[AFFINE + g * NIBBLES..].as_chunks_mut().0;
+            put_nibbles(codes, &mut steps[..GROUP_STEPS / 2]);
+        };
+        encode_affine(s, 15.0, w, importance, block, put);
+    }
+}
+
+impl Encode for W5K {
+    #[inline(always)]
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
+        let put = |g: usize, codes: &[[u8; LANES]; GROUP], block: &mut [u8]| {
+            let steps = block[AFFINE + g * (NIBBLES + STEP)..].as_chunks_mut::<STEP>().0;
+            put_nibbles(codes, &mut steps[..GROUP_STEPS / 2]);
+            let plane = &mut steps[GROUP_STEPS / 2];
+            plane.fill(0);
+            for (col, codes) in codes.iter().enumerate() {
+                for (row, code) in codes.iter().enumerate() {
+                    plane[4 * row + col % 4] |= (code >> 4) << (col / 4);
+                }
+            }
+        };
+        encode_affine(s, 31.0, w, importance, block, put);
+    }
+}
+
+/// Quantises a super-block of W4K or W5K. put: stores the codes of a group in the block.
+#[inline(always)]
+fn encode_affine<S: Isa>(
+    s: S,
+    levels: f32,
+    w: &[[f32; LANES]],
+    importance: &[f32],
+    block: &mut [u8],
+    put: impl Fn(usize, &[[u8; LANES]; GROUP], &mut [u8]),
+) {
+    let zero = s.splat(0.0);
+    let groups = || w.as_chunks::<GROUP>().0.iter().zip(importance.chunks_exact(GROUP));
+    let mut pairs = [(zero, zero); GROUPS];
+    let mut largest = (zero, zero);
+    for (pair, (w, importance)) in pairs.iter_mut().zip(groups()) {
+        *pair = search::scale_and_offset(s, levels, w, importance);
+        largest = (s.max(largest.0, pair.0), s.max(largest.1, pair.1));
+    }
+    for (place, largest) in [largest.0, largest.1].into_iter().enumerate() {
+        let unit = s.mul(largest, s.splat(1.0 / BYTE));
+        s.store_f16(unit, &mut block.as_chunks_mut().0[place]);
+    }
+    for (g, (d, m)) in pairs.into_iter().enumerate() {
+        for (place, value) in [d, m].into_iter().enumerate() {
+            let unit = s.load_f16(&block.as_chunks().0[place]);
+            let used = s.select_gt(unit, zero, unit, s.splat(f32::INFINITY));
+            let factor = search::level(s, BYTE, s.div(value, used));
+            let mut bytes = [0.0; LANES];
+            s.store(factor, &mut bytes);
+            let at = [A, B][place] + g * LANES;
+            block[at..at + LANES].copy_from_slice(&bytes.map(|x| x as u8));
+        }
+    }
+    for (g, (w, _)) in groups().enumerate() {
+        let (d, m) = affine(s, block, g);
+        let divisor = s.select_gt(d, zero, d, s.splat(f32::INFINITY));
+        let mut codes = [[0u8; LANES]; GROUP];
+        for (w, codes) in w.iter().zip(&mut codes) {
+            let mut q = [0.0; LANES];
+            s.store(search::level(s, levels, s.div(s.add(s.load(w), m), divisor)), &mut q);
+            *codes = q.map(|q| q as u8);
+        }
+        put(g, &codes, block);
+    }
+}
+
+/// The largest factor of an unsigned and of a signed byte.
+const BYTE: f32 = 255.0;
+const SIGNED_BYTE: f32 = 127.0;
+
+impl Encode for W6K {
+    #[inline(always)]
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
+        type Numbers = Integers<-32, 31>;
+        let zero = s.splat(0.0);
+        let halves = || w.as_chunks::<HALF>().0.iter().zip(importance.chunks_exact(HALF));
+        let mut scales = [zero; HALVES];
+        let mut largest = zero;
+        for (scale, (w, importance)) in scales.iter_mut().zip(halves()) {
+            *scale = search::scale::<S, Numbers>(s, w, importance);
+            largest = s.max(largest, s.abs(*scale));
+        }
+        block[..A6].fill(0);
+        s.store_f16(s.mul(largest, s.splat(1.0 / SIGNED_BYTE)), &mut block.as_chunks_mut().0[0]);
+        let d = s.load_f16(&block.as_chunks().0[0]);
+        let used = s.select_gt(d, zero, d, s.splat(f32::INFINITY));
+        for (half, (scale, (w, _))) in scales.into_iter().zip(halves()).enumerate() {
+            let factor = s.to_i32(s.div(scale, used));
+            let mut a = [0; LANES];
+            s.store_i8(factor, &mut a);
+            let at = A6 + half * LANES;
+            block[at..at + LANES].copy_from_slice(&a.map(|a| a as u8));
+            let scale = s.mul(d, s.to_f32(factor));
+            let divisor = s.select_gt(s.abs(scale), zero, scale, s.splat(f32::INFINITY));
+            let group = &mut block[SIGNED + half / 2 * (NIBBLES + 2 * STEP)..];
+            let (nibbles, planes) = group.split_at_mut(NIBBLES);
+            let nibbles = &mut nibbles[half % 2 * NIBBLES / 2..];
+            let plane = &mut planes[half % 2 * STEP..][..STEP];
+            plane.fill(0);
+            for (col, w) in w.iter().enumerate() {
+                let mut q = [0.0; LANES];
+                s.store(Numbers::nearest(s, s.div(s.load(w), divisor)), &mut q);
+                for (row, q) in q.iter().enumerate() {
+                    let code = (*q as i32 + ZERO6) as u8;
+                    let at = 4 * row + col % 4;
+                    let nibble = &mut nibbles[col / 8 * STEP + at];
+                    *nibble = if col % 8 < 4 { code & 15 } else { *nibble & 15 | code << 4 };
+                    plane[at] |= (code >> 4) << (col / 4 * 2);
+                }
+            }
+        }
     }
 }

@@ -9,7 +9,7 @@
 //! weight = scale (code - 8). The scale may be negative: the extreme value of a group takes
 //! code 0, so that the larger half of the code range is used.
 
-use super::scale_search::search;
+use super::search::{self, Codes, Integers};
 use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
@@ -29,6 +29,10 @@ impl Packed for W4 {
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
         panel.as_chunks().0
+    }
+
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
     }
 
     #[inline(always)]
@@ -77,18 +81,45 @@ pub fn code(block: &[u8; BLOCK_BYTES], row: usize, col: usize) -> u8 {
 
 impl Encode for W4 {
     #[inline(always)]
-    fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize) {
-        let mut q = [[0i32; LANES]; GROUP];
-        let scales = search(s, w, &mut q);
-        s.store_f16(scales, &mut block.as_chunks_mut().0[g]);
-        let (codes, _) = block[SCALE_BYTES..].as_chunks_mut::<{ 4 * LANES }>();
-        for t in 0..GROUP_STEPS / 2 {
-            for r in 0..LANES {
-                for i in 0..4 {
-                    let low = (q[8 * t + i][r] + ZERO) as u8;
-                    let high = (q[8 * t + 4 + i][r] + ZERO) as u8;
-                    codes[4 * g + t][4 * r + i] = low | high << 4;
-                }
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
+        encode_groups::<S, Integers<-8, 7>>(s, w, importance, block, |q| (q as i32 + ZERO) as u8);
+    }
+}
+
+/// Quantises a block with one scale for each group. code: of a number.
+#[inline(always)]
+pub(super) fn encode_groups<S: Isa, C: Codes>(
+    s: S,
+    w: &[[f32; LANES]],
+    importance: &[f32],
+    block: &mut [u8; BLOCK_BYTES],
+    code: impl Fn(f32) -> u8,
+) {
+    for g in 0..2 {
+        let (w, importance) = (&w[g * GROUP..][..GROUP], &importance[g * GROUP..][..GROUP]);
+        // The codes are taken with the scale that is stored.
+        s.store_f16(search::scale::<S, C>(s, w, importance), &mut block.as_chunks_mut().0[g]);
+        let scale = scales(s, block, g);
+        let (zero, one) = (s.splat(0.0), s.splat(1.0));
+        let divisor = s.select_gt(s.abs(scale), zero, scale, one);
+        let mut codes = [[0u8; LANES]; GROUP];
+        for (w, codes) in w.iter().zip(&mut codes) {
+            let mut numbers = [0.0; LANES];
+            s.store(C::nearest(s, s.div(s.load(w), divisor)), &mut numbers);
+            *codes = numbers.map(&code);
+        }
+        let (steps, _) = block[SCALE_BYTES..].as_chunks_mut::<{ 4 * LANES }>();
+        put_nibbles(&codes, &mut steps[g * GROUP_STEPS / 2..]);
+    }
+}
+
+/// Puts the low four bits of a group's codes into steps of two nibbles.
+#[inline(always)]
+pub(super) fn put_nibbles(codes: &[[u8; LANES]; GROUP], steps: &mut [[u8; 4 * LANES]]) {
+    for (step, codes) in steps.iter_mut().zip(codes.as_chunks::<8>().0) {
+        for r in 0..LANES {
+            for i in 0..4 {
+                step[4 * r + i] = codes[i][r] & 15 | codes[4 + i][r] << 4;
             }
         }
     }

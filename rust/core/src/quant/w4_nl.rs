@@ -4,8 +4,9 @@
 //! A block is laid out as one of [`super::w4`]; weight = scale TABLE[code]. The table is finer
 //! around zero, where most weights are.
 
+use super::search::Table;
 use super::w4::{self, SCALE_BYTES, W4};
-use super::{GROUP, GROUP_STEPS, Group, Packed, add_scaled};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -32,6 +33,10 @@ impl Packed for W4Nl {
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
         panel.as_chunks().0
+    }
+
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
     }
 
     #[inline(always)]
@@ -64,5 +69,14 @@ impl Packed for W4Nl {
         let at = 2 * (col / GROUP * LANES + row);
         let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
         scale * f32::from(TABLE[usize::from(w4::code(block, row, col))])
+    }
+}
+
+impl Encode for W4Nl {
+    #[inline(always)]
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
+        // The table is sorted, so its entries below a number count up to its place.
+        let code = |q: f32| TABLE.iter().filter(|entry| f32::from(**entry) < q).count() as u8;
+        w4::encode_groups::<S, Table>(s, w, importance, block, code);
     }
 }

@@ -28,6 +28,10 @@ impl Packed for W8 {
         panel.as_chunks().0
     }
 
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
     #[inline(always)]
     fn add<S: Isa, const M: usize>(
         s: S,
@@ -49,26 +53,28 @@ impl Packed for W8 {
 
 impl Encode for W8 {
     #[inline(always)]
-    fn encode<S: Isa>(s: S, w: &[[f32; LANES]; GROUP], block: &mut [u8], g: usize) {
-        let zero = s.splat(0.0);
-        let mut largest = zero;
-        for w in w {
-            largest = s.max(largest, s.abs(s.load(w)));
-        }
-        s.store_f16(s.div(largest, s.splat(LARGEST)), &mut block.as_chunks_mut().0[g]);
-        let scale = s.load_f16(&block.as_chunks().0[g]);
-        let divisor = s.select_gt(scale, zero, scale, s.splat(1.0));
-        // A group too small for an f16 scale is zero.
-        let limit = s.select_gt(scale, zero, s.splat(LARGEST), zero);
-        let (codes, _) = block[SCALE_BYTES..].as_chunks_mut::<{ 4 * LANES }>();
-        for (k, w) in w.iter().enumerate() {
-            let x = s.div(s.load(w), divisor);
-            let x = s.max(s.min(x, limit), s.sub(zero, limit));
-            let mut q = [0; LANES];
-            s.store_i32(s.to_i32(x), &mut q);
-            let step = &mut codes[g * GROUP_STEPS + k / 4];
-            for (r, q) in q.iter().enumerate() {
-                step[4 * r + k % 4] = (q + ZERO) as u8;
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], _: &[f32], block: &mut Self::Block) {
+        for (g, w) in w.as_chunks::<GROUP>().0.iter().enumerate() {
+            let zero = s.splat(0.0);
+            let mut largest = zero;
+            for w in w {
+                largest = s.max(largest, s.abs(s.load(w)));
+            }
+            s.store_f16(s.div(largest, s.splat(LARGEST)), &mut block.as_chunks_mut().0[g]);
+            let scale = scales(s, block, g);
+            let divisor = s.select_gt(scale, zero, scale, s.splat(1.0));
+            // A group too small for an f16 scale is zero.
+            let limit = s.select_gt(scale, zero, s.splat(LARGEST), zero);
+            let (codes, _) = block[SCALE_BYTES..].as_chunks_mut::<{ 4 * LANES }>();
+            for (k, w) in w.iter().enumerate() {
+                let x = s.div(s.load(w), divisor);
+                let x = s.max(s.min(x, limit), s.sub(zero, limit));
+                let mut q = [0; LANES];
+                s.store_i32(s.to_i32(x), &mut q);
+                let step = &mut codes[g * GROUP_STEPS + k / 4];
+                for (r, q) in q.iter().enumerate() {
+                    step[4 * r + k % 4] = (q + ZERO) as u8;
+                }
             }
         }
     }

@@ -31,6 +31,10 @@ impl Packed for W8Affine {
         panel.as_chunks().0
     }
 
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
     #[inline(always)]
     fn add<S: Isa, const M: usize>(
         s: S,

@@ -113,8 +113,8 @@ mod tests {
                 w[0] = -3.0;
                 let mut whole = vec![0; panel_bytes(Format::W8, cols)];
                 let mut planes = vec![0xee; panel_bytes(Format::W8Planes, cols)];
-                encode_panel_on(cpu, Format::W8, &w, cols, &mut whole);
-                encode_panel_on(cpu, Format::W8Planes, &w, cols, &mut planes);
+                encode_panel_on(cpu, Format::W8, &w, cols, None, &mut whole);
+                encode_panel_on(cpu, Format::W8Planes, &w, cols, None, &mut planes);
                 for row in 0..PANEL_ROWS {
                     let (mut want, mut got) = (vec![0.0; cols], vec![f32::NAN; cols]);
                     decode_row(Format::W8, &whole, cols, row, &mut want);
