@@ -5,8 +5,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 use qdelta_core::files::gguf::Value;
 use qdelta_core::model::checkpoint;
+use qdelta_core::model::recipe::Storage;
 use qdelta_core::{Error, convert as core_convert};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -96,17 +97,21 @@ pub enum Attachment {
 
 /// Writes a converted file, or makes one in memory and opens it if `out` is None.
 #[pyfunction]
-#[pyo3(signature = (source, out, *, quant, attachments, threads=None, progress=None))]
+#[allow(clippy::too_many_arguments)]
+#[pyo3(signature = (source, out, *, quant, attachments, formats=None, importance=None, threads=None, progress=None))]
 pub fn convert(
     py: Python<'_>,
     source: &Checkpoint,
     out: Option<PathBuf>,
     quant: &str,
     attachments: Vec<(String, Attachment)>,
+    formats: Option<HashMap<String, String>>,
+    importance: Option<HashMap<String, Vec<f32>>>,
     threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Option<Checkpoint>> {
     let quant = quant.parse().map_err(|error| exception(py, error))?;
+    let chosen = chosen(formats.unwrap_or_default()).map_err(|error| exception(py, error))?;
     let attachments: Vec<_> = attachments
         .into_iter()
         .map(|(name, attachment)| {
@@ -135,10 +140,12 @@ pub fn convert(
     };
     let result = py.detach(|| {
         let attachments = &attachments;
-        let job = core_convert::Job { source: &source.inner, quant, attachments, threads };
+        let importance = importance.unwrap_or_default();
+        let source = &source.inner;
+        let job = core_convert::Job { source, quant, chosen, importance, attachments, threads };
         let Some(out) = out else {
             let bytes = job.to_memory(&mut report)?;
-            let name = source.inner.name().to_owned();
+            let name = source.name().to_owned();
             return checkpoint::Checkpoint::open_converted(bytes, name).map(Some);
         };
         job.to_file(&out, &mut report).map(|()| None)
@@ -148,6 +155,17 @@ pub fn convert(
         (Ok(opened), _) => Ok(opened.map(|inner| Checkpoint { inner: Arc::new(inner) })),
         (Err(error), _) => Err(exception(py, error)),
     }
+}
+
+fn chosen(formats: HashMap<String, String>) -> qdelta_core::Result<HashMap<String, Storage>> {
+    let storage = |(name, format): (String, String)| match Storage::named(&format) {
+        Some(storage) => Ok((name, storage)),
+        None => Err(Error::Argument(format!(
+            "format of `{name}` is `{format}`, expected keep, w4, w4_nl, w4_k, w5_k, w6_k, w8 or \
+             w8_planes"
+        ))),
+    };
+    formats.into_iter().map(storage).collect()
 }
 
 /// Recomputes the hash of a converted file; an exception if it is not the recorded one.

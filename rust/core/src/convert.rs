@@ -12,14 +12,14 @@ use crate::files::mmap::Mapping;
 use crate::files::{Convention, file_name, stat};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::recipe::{self, Storage};
-use crate::model::tensors::TensorSpec;
+use crate::model::tensors::{Role, TensorSpec};
 use crate::quant::reorder::reorder_panel_to;
 use crate::quant::{Format, PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
 use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor, widen};
 use crate::threads;
 use rayon::ThreadPool;
 use rayon::prelude::*;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -38,6 +38,10 @@ pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 pub struct Job<'a> {
     pub source: &'a Checkpoint,
     pub quant: Quant,
+    /// How matrices are stored in place of what `quant` says, by their names.
+    pub chosen: HashMap<String, Storage>,
+    /// How much each column of a matrix matters, by its name.
+    pub importance: HashMap<String, Vec<f32>>,
     /// Files that travel along, by the name under which they are found again.
     pub attachments: &'a [(String, Attachment)],
     /// 1 to 1024, or rayon's own choice if None.
@@ -51,7 +55,19 @@ pub enum Attachment {
     Content(Vec<u8>),
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    /// Without attachments, with all threads.
+    pub fn new(source: &'a Checkpoint, quant: Quant) -> Job<'a> {
+        Job {
+            source,
+            quant,
+            chosen: HashMap::new(),
+            importance: HashMap::new(),
+            attachments: &[],
+            threads: None,
+        }
+    }
+
     /// Writes the converted file to `out`.
     ///
     /// It appears there only when it is whole; one that was converted before is replaced, anything
@@ -95,7 +111,7 @@ impl Job<'_> {
 
     fn write<S: Sink>(&self, sink: S, progress: &mut Progress) -> Result<S> {
         let source = self.source;
-        let (items, parts) = plan(source, self.quant, self.attachments)?;
+        let (items, parts) = self.plan()?;
         let info = Info {
             quant: self.quant,
             convention: source.convention,
@@ -113,7 +129,9 @@ impl Job<'_> {
         for ((part, item), padding) in parts.iter().zip(&items).zip(&layout.padding) {
             match part {
                 Part::Coded { spec, tensor, format } => {
-                    write_coded(&mut writer, source, (spec, tensor), *format, pool.as_ref())?;
+                    let importance = self.importance.get(&spec.name).map(Vec::as_slice);
+                    let target = Target { format: *format, importance };
+                    write_coded(&mut writer, source, (spec, tensor), target, pool.as_ref())?;
                 }
                 Part::Floats { name } => {
                     let values = source.floats(name)?;
@@ -132,6 +150,67 @@ impl Job<'_> {
         }
         writer.finish(&layout)
     }
+
+    fn plan(&self) -> Result<(Vec<Item>, Vec<Part<'_>>)> {
+        let source = self.source;
+        self.check_names()?;
+        let mut items = Vec::new();
+        let mut parts = Vec::new();
+        for spec in source.specs() {
+            let tensor = source.tensor(&spec.name).ok_or_else(|| {
+                Error::Internal(format!("tensor `{}` of the table is not bound", spec.name))
+            })?;
+            let storage = recipe::storage(self.quant, &self.chosen, spec, tensor.dtype)?;
+            let (dtype, part) = match storage {
+                Storage::Coded(format) => (Dtype::U8, Part::Coded { spec, tensor, format }),
+                Storage::F32 => (Dtype::F32, Part::Floats { name: &spec.name }),
+                Storage::AsIs => (tensor.dtype, Part::AsIs { spec, tensor }),
+            };
+            let shape = storage.shape(spec);
+            let bytes = dtype.bytes(shape.iter().product());
+            items.push(Item { name: storage.name(spec), dtype, shape, bytes });
+            parts.push(part);
+        }
+        let mut names = HashSet::new();
+        for (name, attachment) in self.attachments {
+            if !names.insert(name) {
+                return Err(Error::Argument(format!("attachment `{name}` is there twice")));
+            }
+            let bytes = match attachment {
+                Attachment::Path(path) => stat(path)?.bytes as usize,
+                Attachment::Content(content) => content.len(),
+            };
+            let name = container::attachment_tensor(name);
+            items.push(Item { name, dtype: Dtype::U8, shape: vec![bytes], bytes });
+            parts.push(Part::File(attachment));
+        }
+        Ok((items, parts))
+    }
+
+    /// An error if something is said of a matrix that is not there, or does not fit it.
+    fn check_names(&self) -> Result<()> {
+        let specs: HashMap<&str, &TensorSpec> =
+            self.source.specs().iter().map(|spec| (spec.name.as_str(), spec)).collect();
+        let find = |name: &String| {
+            let spec = specs.get(name.as_str()).copied();
+            spec.filter(|spec| spec.shape.len() == 2 && spec.role != Role::Vision).ok_or_else(
+                || Error::Argument(format!("`{name}`: no matrix of this model has this name")),
+            )
+        };
+        self.chosen.keys().try_for_each(|name| find(name).map(drop))?;
+        for (name, importance) in &self.importance {
+            let cols = find(name)?.shape[1];
+            let usable = |x: &f32| x.is_finite() && *x >= 0.0;
+            if importance.len() != cols || !importance.iter().all(usable) {
+                return Err(Error::Argument(format!(
+                    "importance of `{name}`: {} numbers, expected {cols} that are finite and not \
+                     negative",
+                    importance.len()
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What an item of the file is made of.
@@ -142,47 +221,15 @@ enum Part<'a> {
     File(&'a Attachment),
 }
 
-fn plan<'a>(
-    source: &'a Checkpoint,
-    quant: Quant,
-    attachments: &'a [(String, Attachment)],
-) -> Result<(Vec<Item>, Vec<Part<'a>>)> {
-    let mut items = Vec::new();
-    let mut parts = Vec::new();
-    for spec in source.specs() {
-        let tensor = source.tensor(&spec.name).ok_or_else(|| {
-            Error::Internal(format!("tensor `{}` of the table is not bound", spec.name))
-        })?;
-        let storage = recipe::storage(quant, spec, tensor.dtype)?;
-        let (dtype, part) = match storage {
-            Storage::Coded(format) => (Dtype::U8, Part::Coded { spec, tensor, format }),
-            Storage::F32 => (Dtype::F32, Part::Floats { name: &spec.name }),
-            Storage::AsIs => (tensor.dtype, Part::AsIs { spec, tensor }),
-        };
-        let shape = storage.shape(spec);
-        let bytes = dtype.bytes(shape.iter().product());
-        items.push(Item { name: storage.name(spec), dtype, shape, bytes });
-        parts.push(part);
-    }
-    let mut names = HashSet::new();
-    for (name, attachment) in attachments {
-        if !names.insert(name) {
-            return Err(Error::Argument(format!("attachment `{name}` is there twice")));
-        }
-        let bytes = match attachment {
-            Attachment::Path(path) => stat(path)?.bytes as usize,
-            Attachment::Content(content) => content.len(),
-        };
-        let name = container::attachment_tensor(name);
-        items.push(Item { name, dtype: Dtype::U8, shape: vec![bytes], bytes });
-        parts.push(Part::File(attachment));
-    }
-    Ok((items, parts))
-}
-
 fn thread_pool(threads: usize) -> Result<ThreadPool> {
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads::checked(threads)?);
     builder.build().map_err(|e| Error::Internal(format!("no threads: {e}")))
+}
+
+/// What a matrix becomes.
+struct Target<'a> {
+    format: Format,
+    importance: Option<&'a [f32]>,
 }
 
 /// Codes a matrix, a panel a task, once for each plane of the format.
@@ -190,7 +237,7 @@ fn write_coded<S: Sink>(
     writer: &mut Writer<'_, '_, S>,
     source: &Checkpoint,
     (spec, tensor): (&TensorSpec, &Tensor),
-    format: Format,
+    Target { format, importance }: Target<'_>,
     pool: Option<&ThreadPool>,
 ) -> Result<()> {
     let (rows, cols) = spec.rows_cols();
@@ -223,7 +270,7 @@ fn write_coded<S: Sink>(
                         widen(from, rows, values);
                         let fits = values.iter().all(|x| x.abs() <= LARGEST);
                         if fits {
-                            encode_panel(format, values, cols, None, panel);
+                            encode_panel(format, values, cols, importance, panel);
                         }
                         fits
                     }

@@ -9,6 +9,7 @@ use qdelta_core::model::recipe::{Storage, storage};
 use qdelta_core::quant::{PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
 use qdelta_core::{Error, Result};
 use serde_json::json;
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -27,13 +28,14 @@ fn run_to(folder: &Folder, quant: Quant, out: &Path, threads: Option<usize>) -> 
         ("empty".to_owned(), Attachment::Path(folder.path("empty"))),
         ("made".to_owned(), Attachment::Content(b"a text".to_vec())),
     ];
-    let job = Job { source: &folder.open(), quant, attachments: &attachments, threads };
+    let source = folder.open();
+    let job = Job { attachments: &attachments, threads, ..Job::new(&source, quant) };
     job.to_file(out, &mut |_, _| true)
 }
 
 /// Converts without attachments.
 fn convert(source: &Checkpoint, quant: Quant, out: &Path, progress: &mut Progress) -> Result<()> {
-    Job { source, quant, attachments: &[], threads: None }.to_file(out, progress)
+    Job::new(source, quant).to_file(out, progress)
 }
 
 #[test]
@@ -42,7 +44,7 @@ fn memory_holds_the_bytes_of_the_file() {
     let source = folder.open();
     let out = folder.path(OUT);
     convert(&source, Quant::W4, &out, &mut |_, _| true).expect("a converted file");
-    let job = Job { source: &source, quant: Quant::W4, attachments: &[], threads: Some(3) };
+    let job = Job { threads: Some(3), ..Job::new(&source, Quant::W4) };
     let bytes = job.to_memory(&mut |_, _| true).expect("converted bytes");
     assert_eq!(bytes[..], fs::read(&out).expect("the file"));
     let opened = Checkpoint::open_converted(bytes, "memory".to_owned()).expect("a checkpoint");
@@ -88,7 +90,7 @@ fn the_file_holds_the_checkpoint() {
 
         for spec in source.specs() {
             let from = source.tensor(&spec.name).expect("a source tensor");
-            let storage = storage(quant, spec, from.dtype).expect("a recipe");
+            let storage = storage(quant, &HashMap::new(), spec, from.dtype).expect("a recipe");
             let to = read.tensor(&storage.name(spec)).expect("a converted tensor");
             match storage {
                 Storage::AsIs => {
@@ -295,7 +297,7 @@ fn attachments_that_fail() {
     let folder = Tiny::default().write();
     let source = folder.open();
     let run = |attachments: &[(String, Attachment)]| {
-        Job { source: &source, quant: Quant::W8, attachments, threads: None }
+        Job { attachments, ..Job::new(&source, Quant::W8) }
             .to_file(&folder.path(OUT), &mut |_, _| true)
             .expect_err("a wrong attachment")
     };

@@ -139,7 +139,7 @@ fn converted_files() {
     let folder = Tiny::default().write();
     let out = folder.path("out.safetensors");
     let source = folder.open();
-    let job = Job { source: &source, quant: Quant::W4, attachments: &[], threads: Some(1) };
+    let job = Job { threads: Some(1), ..Job::new(&source, Quant::W4) };
     job.to_file(&out, &mut |_, _| true).expect("a file");
     let good = fs::read(&out).expect("the file");
     let (_, data) = split(&good);

@@ -7,7 +7,7 @@
 //!
 //!     qdelta.hash      BLAKE3 of the data, hexadecimal
 //!     qdelta.version   of this layout
-//!     qdelta.quant     w4, w8, or gguf for the numbers of a GGUF file
+//!     qdelta.quant     the recipe: w4, w8, …; gguf for the numbers of a GGUF file
 //!     qdelta.convention  transformers or gguf: see [`Convention`]
 //!     qdelta.creator   the program that wrote it
 //!     qdelta.config    config.json
@@ -114,7 +114,7 @@ impl Info {
             Ok(quant) if quant != Quant::None => quant,
             _ => {
                 return Err(Error::File(format!(
-                    "{file}: `qdelta.quant` is {:?}, expected \"w4\", \"w8\" or \"gguf\"",
+                    "{file}: `qdelta.quant` is {:?}, expected \"w4\", \"w8\" or another recipe",
                     metadata["qdelta.quant"]
                 )));
             }

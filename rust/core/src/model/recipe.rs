@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::quant::reorder::panel_format;
 use crate::quant::{BlockType, Format, PANEL_ROWS, Quant, panel_bytes};
 use crate::tensor::Dtype;
+use std::collections::HashMap;
 
 /// How a tensor is stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,6 +18,18 @@ pub enum Storage {
 }
 
 impl Storage {
+    /// By the name of a format; "keep" is the checkpoint's own.
+    pub fn named(name: &str) -> Option<Storage> {
+        match name {
+            "keep" => Some(Storage::AsIs),
+            _ => Format::PACKED
+                .into_iter()
+                .filter(|format| *format != Format::W8Affine)
+                .find(|format| format.name() == name)
+                .map(Storage::Coded),
+        }
+    }
+
     /// The name of a tensor in a converted file: coded matrices end in their format.
     pub fn name(self, spec: &TensorSpec) -> String {
         match self {
@@ -47,47 +60,68 @@ pub fn coded_name(name: &str, format: Format) -> String {
 
 /// How `quant` stores a tensor that the source has as `dtype`; an error if that loses numbers that
 /// nobody asked to lose.
-pub fn storage(quant: Quant, spec: &TensorSpec, dtype: Dtype) -> Result<Storage> {
+///
+/// chosen: formats by name of the matrix, before those of `quant`.
+pub fn storage(
+    quant: Quant,
+    chosen: &HashMap<String, Storage>,
+    spec: &TensorSpec,
+    dtype: Dtype,
+) -> Result<Storage> {
+    let cols = spec.rows_cols().1;
+    let floats = |quant| match chosen.get(&spec.name) {
+        Some(storage) => *storage,
+        None => recipe(quant, spec.role, cols),
+    };
     let storage = match (quant, dtype) {
         (Quant::None, _) => Storage::AsIs,
-        (_, Dtype::Blocks(block)) if quant == Quant::Gguf => as_gguf(spec.role, block),
-        (_, Dtype::Blocks(block)) => {
-            return Err(Error::Unsupported(format!(
-                "tensor `{}` is quantised already ({}), converting it to {quant} would round it a \
-                 second time; keep its own types (quant \"auto\") or use the original BF16 weights",
-                spec.name,
-                block.name()
-            )));
-        }
-        (Quant::Gguf, _) if spec.role == Role::Small => Storage::F32,
-        (Quant::Gguf, _) => Storage::AsIs,
-        (Quant::W8, _) => balanced(spec.role, Format::W8),
-        (Quant::W4, _) => balanced(spec.role, Format::W4),
+        (Quant::Gguf, Dtype::Blocks(block)) => as_gguf(spec.role, block),
+        (Quant::Gguf, _) if spec.role != Role::Small => Storage::AsIs,
+        (_, Dtype::Blocks(block)) => match floats(quant) {
+            Storage::AsIs => Storage::Coded(Format::Blocks(block)),
+            _ => {
+                return Err(Error::Unsupported(format!(
+                    "tensor `{}` is quantised already ({}), converting it to {quant} would round it \
+                     a second time; keep its own types (quant \"auto\") or use the original BF16 \
+                     weights",
+                    spec.name,
+                    block.name()
+                )));
+            }
+        },
+        (quant, _) => floats(quant),
     };
     match storage {
-        Storage::Coded(format) if !format.takes_cols(spec.rows_cols().1) => {
-            Err(Error::Unsupported(format!(
-                "tensor `{}`: rows of {} columns cannot be {}",
-                spec.name,
-                spec.rows_cols().1,
-                format.name()
-            )))
-        }
+        Storage::Coded(format) if !format.takes_cols(cols) => Err(Error::Unsupported(format!(
+            "tensor `{}`: rows of {cols} columns cannot be {}",
+            spec.name,
+            format.name()
+        ))),
         storage => Ok(storage),
     }
 }
 
-/// The recipe "balanced". out_proj moves the output most, attention next, gate and up least; decay
-/// and write strength are a thousandth of the weights.
-fn balanced(role: Role, narrow: Format) -> Storage {
-    match role {
-        Role::Mlp | Role::LinearInput | Role::Query => Storage::Coded(narrow),
-        Role::LinearOutput | Role::KeyValue | Role::MtpInput => Storage::Coded(Format::W8),
-        // In two planes, so that rows can be screened with one of them.
-        Role::Embedding | Role::Head => Storage::Coded(Format::W8Planes),
-        Role::LinearGate | Role::Vision => Storage::AsIs,
-        Role::Small => Storage::F32,
-    }
+/// How a recipe stores floats. Of several formats the first that takes rows of `cols` is meant.
+///
+/// out_proj moves the output most, attention next, gate and up least; decay and write strength are
+/// a thousandth of the weights. Embedding and head are in two planes where they have eight bits, so
+/// that rows can be screened with one of them.
+fn recipe(quant: Quant, role: Role, cols: usize) -> Storage {
+    use Format::{W4, W4Nl, W5K, W6K, W8, W8Planes};
+    let narrow = matches!(role, Role::Mlp | Role::LinearInput | Role::Query);
+    let formats: &[Format] = match (quant, role) {
+        (_, Role::LinearGate | Role::Vision) => return Storage::AsIs,
+        (_, Role::Small) => return Storage::F32,
+        (Quant::Small, _) if narrow => &[W4Nl],
+        (Quant::Small, _) => &[W5K, W4Nl],
+        (Quant::Best, Role::Embedding | Role::Head) => &[W8Planes],
+        (Quant::Best, _) if narrow => &[W6K, W8],
+        (Quant::W4, _) if narrow => &[W4],
+        (_, Role::Embedding | Role::Head) => &[W8Planes],
+        _ => &[W8],
+    };
+    let format = formats.iter().find(|format| format.takes_cols(cols)).unwrap_or(&W8);
+    Storage::Coded(*format)
 }
 
 /// The numbers of a GGUF file's blocks, in panels where those are about as narrow.
@@ -109,7 +143,7 @@ mod tests {
 
     /// Name and shape of a tensor that the source has as `dtype`.
     fn stored(quant: Quant, spec: &TensorSpec, dtype: Dtype) -> (String, Vec<usize>) {
-        let storage = storage(quant, spec, dtype).expect("the recipe has an answer");
+        let storage = storage(quant, &HashMap::new(), spec, dtype).expect("the recipe's answer");
         (storage.name(spec), storage.shape(spec))
     }
 
@@ -141,8 +175,9 @@ mod tests {
             assert_eq!(found, (name.to_owned(), shape.to_vec()));
         }
         let small = spec("norm", [1, 512], Role::Small);
-        assert_eq!(storage(Quant::Gguf, &small, Dtype::F16).unwrap(), Storage::F32);
-        let error = storage(Quant::W4, &up, Dtype::Blocks(BlockType::Q6K)).unwrap_err();
+        let none = HashMap::new();
+        assert_eq!(storage(Quant::Gguf, &none, &small, Dtype::F16).unwrap(), Storage::F32);
+        let error = storage(Quant::W4, &none, &up, Dtype::Blocks(BlockType::Q6K)).unwrap_err();
         assert!(error.to_string().contains("is quantised already (Q6_K)"), "{error}");
     }
 }

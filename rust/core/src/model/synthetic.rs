@@ -25,7 +25,7 @@ impl Synthetic {
         let specs = text_tensors(config);
         let tensors = specs.iter().enumerate().map(|(i, spec)| {
             let seed = seed ^ ((i as u64) << 32);
-            let storage = recipe::storage(quant, spec, Dtype::Bf16)?;
+            let storage = recipe::storage(quant, &HashMap::new(), spec, Dtype::Bf16)?;
             Ok((storage.name(spec), random_tensor(spec, storage, seed)?))
         });
         Ok(Synthetic { tensors: tensors.collect::<Result<_>>()? })

@@ -45,22 +45,28 @@ pub enum Quant {
     None,
     W8,
     W4,
+    /// Less than W4.
+    Small,
+    /// Less than W8, and nearly as good.
+    Best,
     /// As a GGUF file has them, in panels.
     Gguf,
+    /// As somebody chose.
+    Custom,
+}
+
+impl Quant {
+    const ALL: [Quant; 7] =
+        [Quant::None, Quant::W8, Quant::W4, Quant::Small, Quant::Best, Quant::Gguf, Quant::Custom];
 }
 
 impl FromStr for Quant {
     type Err = Error;
     fn from_str(name: &str) -> Result<Quant> {
-        match name {
-            "none" => Ok(Quant::None),
-            "w8" => Ok(Quant::W8),
-            "w4" => Ok(Quant::W4),
-            "gguf" => Ok(Quant::Gguf),
-            _ => Err(Error::Argument(format!(
-                "quant is `{name}`, expected one of: none, w8, w4, gguf"
-            ))),
-        }
+        Quant::ALL.into_iter().find(|quant| quant.to_string() == name).ok_or_else(|| {
+            let names = Quant::ALL.map(|quant| quant.to_string()).join(", ");
+            Error::Argument(format!("quant is `{name}`, expected one of: {names}"))
+        })
     }
 }
 
@@ -70,7 +76,10 @@ impl fmt::Display for Quant {
             Quant::None => "none",
             Quant::W8 => "w8",
             Quant::W4 => "w4",
+            Quant::Small => "small",
+            Quant::Best => "best",
             Quant::Gguf => "gguf",
+            Quant::Custom => "custom",
         })
     }
 }
