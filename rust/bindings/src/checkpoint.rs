@@ -6,7 +6,8 @@ use pyo3::types::{PyBytes, PyList};
 use qdelta_core::files::gguf::Value;
 use qdelta_core::model::checkpoint;
 use qdelta_core::model::recipe::Storage;
-use qdelta_core::{Error, convert as core_convert};
+use qdelta_core::quant::Format;
+use qdelta_core::{Error, convert as core_convert, sensitivity};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -155,6 +156,27 @@ pub fn convert(
         (Ok(opened), _) => Ok(opened.map(|inner| Checkpoint { inner: Arc::new(inner) })),
         (Err(error), _) => Err(exception(py, error)),
     }
+}
+
+/// (matrix, format, bytes, error) of all float matrices in some formats.
+#[pyfunction]
+pub fn losses(
+    py: Python<'_>,
+    source: &Checkpoint,
+    formats: Vec<String>,
+    importance: HashMap<String, Vec<f32>>,
+) -> PyResult<Vec<(String, &'static str, usize, f64)>> {
+    let losses = detached(py, || {
+        let formats: Vec<Format> = formats
+            .iter()
+            .map(|name| match Storage::named(name) {
+                Some(Storage::Coded(format)) => Ok(format),
+                _ => Err(Error::Argument(format!("format `{name}` is not known"))),
+            })
+            .collect::<qdelta_core::Result<_>>()?;
+        sensitivity::losses(&source.inner, &formats, &importance)
+    })?;
+    Ok(losses.into_iter().map(|l| (l.matrix, l.format.name(), l.bytes, l.error)).collect())
 }
 
 fn chosen(formats: HashMap<String, String>) -> qdelta_core::Result<HashMap<String, Storage>> {

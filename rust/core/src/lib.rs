@@ -13,6 +13,7 @@ pub mod pool;
 pub mod profile;
 pub mod quant;
 mod random;
+pub mod sensitivity;
 pub mod session;
 pub mod simd;
 pub mod state;

@@ -16,6 +16,7 @@ pub struct QuantTile {
     sums: Vec<i32>,      // [cols / 32, tokens]
     halves: Vec<i32>,    // [cols / 32, tokens], of the first 16
     scales: Vec<f32>,    // [cols / 32, tokens]
+    totals: Vec<f32>,    // [cols / 32, tokens], scale times sum
 }
 
 /// Neighbouring groups of a tile with M tokens.
@@ -25,6 +26,7 @@ pub(super) struct Groups<'a, const M: usize> {
     sums: &'a [[i32; M]],
     halves: &'a [[i32; M]],
     scales: &'a [[f32; M]],
+    totals: &'a [[f32; M]],
 }
 
 impl<'a, const M: usize> Groups<'a, M> {
@@ -35,6 +37,7 @@ impl<'a, const M: usize> Groups<'a, M> {
             sums: &self.sums[g],
             halves: &self.halves[g],
             scales: &self.scales[g],
+            totals: &self.totals[g],
         }
     }
 
@@ -44,11 +47,13 @@ impl<'a, const M: usize> Groups<'a, M> {
         assert!(self.codes.len().is_multiple_of(n));
         let codes = self.codes.chunks_exact(n).zip(self.sums.chunks_exact(n));
         let rest = self.halves.chunks_exact(n).zip(self.scales.chunks_exact(n));
-        codes.zip(rest).map(|((codes, sums), (halves, scales))| Groups {
+        let rest = rest.zip(self.totals.chunks_exact(n));
+        codes.zip(rest).map(|((codes, sums), ((halves, scales), totals))| Groups {
             codes,
             sums,
             halves,
             scales,
+            totals,
         })
     }
 }
@@ -67,6 +72,7 @@ impl QuantTile {
         self.sums.resize(padded / GROUP, 0);
         self.halves.resize(padded / GROUP, 0);
         self.scales.resize(padded / GROUP, 0.0);
+        self.totals.resize(padded / GROUP, 0.0);
         cpu.run(Quantize { x, cols, tile: self });
     }
 
@@ -92,6 +98,7 @@ impl QuantTile {
             sums: self.sums.as_chunks().0,
             halves: self.halves.as_chunks().0,
             scales: self.scales.as_chunks().0,
+            totals: self.totals.as_chunks().0,
         }
     }
 }
@@ -106,7 +113,7 @@ impl Kernel for Quantize<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        let QuantTile { tokens, codes, sums, halves, scales } = self.tile;
+        let QuantTile { tokens, codes, sums, halves, scales, totals } = self.tile;
         let tokens = *tokens;
         for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
             for group in 0..self.cols.next_multiple_of(BLOCK) / GROUP {
@@ -118,8 +125,11 @@ impl Kernel for Quantize<'_> {
                 let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
                 let half = s.sum_i32(low);
                 halves[group * tokens + t] = half;
-                sums[group * tokens + t] = half + s.sum_i32(high);
-                scales[group * tokens + t] = largest / 127.0;
+                let sum = half + s.sum_i32(high);
+                sums[group * tokens + t] = sum;
+                let scale = largest / 127.0;
+                scales[group * tokens + t] = scale;
+                totals[group * tokens + t] = scale * sum as f32;
                 let mut bytes = [[0i8; LANES]; 2];
                 s.store_i8(low, &mut bytes[0]);
                 s.store_i8(high, &mut bytes[1]);
@@ -164,6 +174,7 @@ mod tests {
                         }
                         assert_eq!(sum, tile.sums[group * tokens + t]);
                         assert_eq!(half, tile.halves[group * tokens + t]);
+                        assert_eq!(scale * sum as f32, tile.totals[group * tokens + t]);
                     }
                 }
             }

@@ -23,6 +23,10 @@ impl Mlp {
         x.prepare(norms, &[&self.gate_proj, &self.up_proj]);
         hidden.reshape(x.tokens(), self.gate_proj.rows);
         project_swiglu(ctx, &self.gate_proj, &self.up_proj, x, &mut hidden.rows);
+        if let Some(trace) = ctx.trace {
+            let rows = hidden.rows.chunks_exact(self.gate_proj.rows).enumerate();
+            trace.layer_part("mlp_hidden", self.gate_proj.rows, 0, rows);
+        }
         hidden.prepare(norms, &[&self.down_proj]);
         project(ctx, &[&self.down_proj], hidden, true, residual);
     }

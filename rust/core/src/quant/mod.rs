@@ -188,6 +188,8 @@ pub struct Group<'a, const M: usize> {
     /// The sum of the first 16 of them.
     pub halves: &'a [i32; M],
     pub scales: &'a [f32; M],
+    /// The sum of what each token's codes stand for: scale times sum.
+    pub totals: &'a [f32; M],
 }
 
 impl<const M: usize> Group<'_, M> {
@@ -255,8 +257,9 @@ fn subtract_offsets<S: Isa, const M: usize>(
     x: Group<'_, M>,
     acc: &mut [S::F; M],
 ) {
+    let minus = s.sub(s.splat(0.0), offsets);
     for m in 0..M {
-        acc[m] = s.fma(offsets, s.splat(-x.scales[m] * x.sums[m] as f32), acc[m]);
+        acc[m] = s.fma(minus, s.splat(x.totals[m]), acc[m]);
     }
 }
 
