@@ -45,9 +45,9 @@ pub enum Quant {
     None,
     W8,
     W4,
-    /// Less than W4.
+    /// Recipes of mixed formats, see [`crate::model::recipe`].
     Small,
-    /// Less than W8, and nearly as good.
+    Balanced,
     Best,
     /// As a GGUF file has them, in panels.
     Gguf,
@@ -56,8 +56,16 @@ pub enum Quant {
 }
 
 impl Quant {
-    const ALL: [Quant; 7] =
-        [Quant::None, Quant::W8, Quant::W4, Quant::Small, Quant::Best, Quant::Gguf, Quant::Custom];
+    const ALL: [Quant; 8] = [
+        Quant::None,
+        Quant::W8,
+        Quant::W4,
+        Quant::Small,
+        Quant::Balanced,
+        Quant::Best,
+        Quant::Gguf,
+        Quant::Custom,
+    ];
 }
 
 impl FromStr for Quant {
@@ -77,6 +85,7 @@ impl fmt::Display for Quant {
             Quant::W8 => "w8",
             Quant::W4 => "w4",
             Quant::Small => "small",
+            Quant::Balanced => "balanced",
             Quant::Best => "best",
             Quant::Gguf => "gguf",
             Quant::Custom => "custom",
