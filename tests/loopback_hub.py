@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +34,13 @@ class Hub:
         self.commit = COMMIT
         self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers for everything
         self.requests: list[tuple[str, str]] = []  # method and path
+        self.ranges: list[str] = []  # that were asked for
+        self.cuts: dict[str, list[int]] = {}  # file -> bytes after which connections break
+        self.tags: set[str] = set()  # other names of the commit
         self.url = ""
+
+    def revisions(self) -> set[str]:
+        return {"main", self.commit, *self.tags}
 
     def files(self) -> dict[str, bytes]:
         paths = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
@@ -63,6 +74,17 @@ def tree(hub: Hub) -> list[dict]:
     return entries
 
 
+def siblings(hub: Hub) -> list[dict]:
+    """The files as the model's own entry lists them; the real hub gives sizes only if asked."""
+    found = []
+    for entry in tree(hub):
+        file = {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
+        if "lfs" in entry:
+            file["lfs"] = {"sha256": entry["lfs"]["oid"], **entry["lfs"]}
+        found.append(file)
+    return found
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -80,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         if hub.refusal is not None:
             status, headers = hub.refusal
             self.send(status, b'{"error": "refused"}', headers)
-        elif path in (api, f"{api}/revision/main", f"{api}/revision/{hub.commit}"):
+        elif path == api or path in (f"{api}/revision/{name}" for name in hub.revisions()):
             info = {
                 "_id": "1",
                 "id": hub.name,
@@ -92,12 +114,14 @@ class Handler(BaseHTTPRequestHandler):
                 "tags": [],
                 "downloads": 1,
                 "likes": 1,
-                "siblings": [{"rfilename": name} for name in hub.files()],
+                "siblings": siblings(hub),
             }
             self.send_json(info)
         elif path.startswith(f"{api}/tree/"):
             self.send_json(tree(hub))
-        elif match := re.fullmatch(rf"/{hub.name}/resolve/(main|{hub.commit})/(.+)", path):
+        elif path.startswith(f"{api}/revision/"):
+            self.send(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
+        elif match := re.fullmatch(rf"/{hub.name}/resolve/([^/]+)/(.+)", path):
             self.send_file(match[2], large_elsewhere=True)
         elif match := re.fullmatch(rf"/cdn/blob/{hub.commit}/(.+)", path):
             self.send_file(match[1], large_elsewhere=False)
@@ -118,22 +142,81 @@ class Handler(BaseHTTPRequestHandler):
             }
             self.send(302, b"", headers)
         else:
-            self.send(200, content, headers | {"ETag": f'"{etag(name, content)}"'})
+            self.send_content(name, content, headers | {"ETag": f'"{etag(name, content)}"'})
+
+    def send_content(self, name: str, content: bytes, headers: dict[str, str]) -> None:
+        """The content, or the range that was asked for, as far as the connection lasts."""
+        status, start = 200, 0
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            self.hub.ranges.append(match[0])
+            status, start = 206, int(match[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cuts = self.hub.cuts.get(name, [])
+        until = cuts.pop(0) if cuts and self.command == "GET" else None
+        self.send(status, content[start:], headers, until)
 
     def send_json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def send(
+        self, status: int, content: bytes, headers: dict[str, str], until: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:until])
+        if until is not None:
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+def environment(tmp_path: Path, endpoint: str, **settings: str) -> dict[str, str]:
+    """Settings for a process whose hub is `endpoint`, with caches below `tmp_path`."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith("HF_") and "PROXY" not in k.upper()
+    }
+    return {
+        **kept,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        **settings,
+    }
+
+
+def program(code: str) -> list[str]:
+    """The command that runs Python code and prints the qdelta error, if any."""
+    text = "import qdelta\ntry:\n" + textwrap.indent(textwrap.dedent(code), "    ")
+    text += "\nexcept qdelta.Error as error:\n    print(type(error).__name__, error)\n"
+    return [sys.executable, "-c", text]
+
+
+def run(
+    code: str, tmp_path: Path, endpoint: str, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, see `program` and `environment`."""
+    return subprocess.run(
+        program(code),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(tmp_path, endpoint, **settings),
+        check=False,
+    )
+
+
+def output(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
 
 
 @contextmanager

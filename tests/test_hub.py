@@ -5,18 +5,14 @@ Every case runs in a process of its own: `huggingface_hub` reads its settings at
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qdelta
-from loopback_hub import Hub, serve
+from loopback_hub import Hub, output, run, serve
 from qdelta import hub as qdelta_hub
 from tiny import make_checkpoint
 
@@ -47,39 +43,6 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         (folder / name).write_text(content)
     with serve(NAME, folder) as server:
         yield server
-
-
-def run(
-    code: str, tmp_path: Path, endpoint: str, **settings: str
-) -> subprocess.CompletedProcess[str]:
-    """Python code in a process whose hub is `endpoint`; it prints the qdelta error, if any."""
-    program = "import qdelta\ntry:\n" + textwrap.indent(textwrap.dedent(code), "    ")
-    program += "\nexcept qdelta.Error as error:\n    print(type(error).__name__, error)\n"
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith("HF_") and "PROXY" not in k.upper()
-    }
-    environment = {
-        **kept,
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-        **settings,
-    }
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
-
-
-def output(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
 
 
 def closed_port() -> int:

@@ -26,6 +26,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from ._native import instruction_sets
+    from .keep import export, pull
     from .llm import Model
     from .loading import load
     from .results import Completion, Event, Message, Perplexity, Score, Screening, Timings, Usage
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .session import Session
     from .stream import AsyncStream, Stream
     from .tokenizer import TextDecoder, Tokenizer
+    from .verification import Verification, verify
 
 # Name -> module, imported at first use: numpy and the extension take longer than all the rest.
 _HOMES = {
@@ -51,8 +53,12 @@ _HOMES = {
     "Timings": "results",
     "Tokenizer": "tokenizer",
     "Usage": "results",
+    "Verification": "verification",
+    "export": "keep",
     "instruction_sets": "_native",
     "load": "loading",
+    "pull": "keep",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -77,9 +83,13 @@ __all__ = [
     "Tokenizer",
     "UnsupportedError",
     "Usage",
+    "Verification",
     "__version__",
+    "export",
     "instruction_sets",
     "load",
+    "pull",
+    "verify",
 ]
 
 

@@ -1,15 +1,21 @@
 """Models by their name on the Hugging Face Hub.
 
 `huggingface_hub` does the work and its settings apply: the shared cache, HF_HOME, HF_ENDPOINT,
-HF_TOKEN, HF_HUB_OFFLINE. Only files that a model needs are fetched.
+HF_TOKEN, HF_HUB_OFFLINE. Only files that a model needs are fetched. `OWNER/NAME` is a checkpoint
+of safetensors files, `OWNER/NAME:TYPE` a GGUF file of a repository that holds several.
 """
 
 from __future__ import annotations
 
+import glob
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import gguf_names, hub_cache
 from . import progress as bars
 from .errors import ArgumentError, FileAccessError
 from .vocabulary import TOKENIZER_FILES
@@ -25,31 +31,167 @@ SMALL_FILES = (
     "video_preprocessor_config.json",
 )
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+# What belongs to a copy that is kept, though no program reads it.
+PAPERS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*")
 
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w./-]+))?", re.ASCII)
 _ABSENT = "no such folder, and the hub has no such model, or HF_TOKEN must allow it"
 _NO_MODEL = "{!r}: no such file or folder, and no name on the hub (as Qwen/Qwen3.5-0.8B)"
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository as the hub states it."""
+
+    bytes: int
+    hash: str  # hexadecimal: SHA-256 of a large file, git's SHA-1 of a small one
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """The repository, and the GGUF type or file after a colon. Raises ArgumentError."""
+    match = _NAME.fullmatch(name)
+    if not match:
+        raise ArgumentError(_NO_MODEL.format(name))
+    return match[1], match[2]
 
 
 def resolve(
     name: str,
     *,
+    revision: str | None = None,
     offline: bool = False,
-    cache: str | Path | None = None,
     progress: bool | None = None,
     tokenizer_only: bool = False,
+    papers: bool = False,
 ) -> Path:
-    """The local folder of the model `name`, fetched first if need be.
+    """The local folder of the model `name`, or its first GGUF file, fetched first if need be.
 
-    offline: use what is in the cache, touch no network. cache: is for converted files and is not
-    used here; the hub's cache is where its own settings say. progress: show bars; None: on a
-    terminal. tokenizer_only: leave the weights out.
+    revision: a branch, a tag or a commit; None: the main branch. offline: use what is in the
+    hub's cache, touch no network. progress: show bars; None: on a terminal. tokenizer_only: leave
+    the weights out. papers: fetch README and licence too.
 
-    Raises ArgumentError for what can be no name, FileAccessError if the model cannot be had.
+    Raises ArgumentError for what can be no name, and for a GGUF type that is missing or unclear;
+    FileAccessError if the model cannot be had.
     """
-    if not _NAME.fullmatch(name):
-        raise ArgumentError(_NO_MODEL.format(name))
-    from huggingface_hub import constants, snapshot_download
+    repo, wanted = split_name(name)
+    offline = offline or _never_online()
+    extras = PAPERS if papers else ()
+    if wanted is not None:
+        model = gguf_names.choose(_gguf_files(repo, revision, offline), wanted, repo)
+        patterns = [*map(glob.escape, model.files), *extras]
+        folder = _fetch(repo, patterns, revision, offline, progress)
+        return folder / model.files[0]
+    if offline:
+        _refuse_gguf_only(repo, revision, offline)
+    weights = () if tokenizer_only else WEIGHT_FILES
+    folder = _fetch(repo, [*SMALL_FILES, *weights, *extras], revision, offline, progress)
+    has_config = (folder / "config.json").exists()
+    has_weights = tokenizer_only or any(folder.glob(WEIGHT_FILES[0]))
+    if not (has_config and has_weights):
+        _refuse_gguf_only(repo, revision, offline)
+    if not has_config:
+        why = "it has no config.json, so it is no checkpoint in Hugging Face form"
+        if offline:
+            why = "its config.json is not in the hub's cache; fetch it online"
+        raise FileAccessError(f"{name}: {why}")
+    return folder
+
+
+def commit(repo: str, revision: str | None = None) -> str:
+    """The commit that `revision` of `repo` is now: the hub's word, or offline the cache's."""
+    if _never_online():
+        snapshot = hub_cache.snapshot(repo, revision)
+        if snapshot is None:
+            raise FileAccessError(f"{repo}: not in the hub's cache, and no network is to be used")
+        return snapshot.name
+    from huggingface_hub import HfApi
+
+    with _hub_errors(repo, revision):
+        return HfApi().model_info(repo, revision=revision).sha or ""
+
+
+def files(repo: str, revision: str | None = None) -> dict[str, HubFile]:
+    """The files of a repository by path, as the hub has them. Raises FileAccessError."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(repo, revision):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    return {
+        file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
+        for file in info.siblings or ()
+    }
+
+
+def _gguf_files(repo: str, revision: str | None, offline: bool) -> dict[str, int]:
+    """All files (path -> bytes), as the hub lists them, or else as the cache here has them."""
+    snapshot = hub_cache.snapshot(repo, revision)
+    here = hub_cache.files(snapshot) if snapshot else {}
+    if offline and not here:
+        raise FileAccessError(f"{repo}: not in the hub's cache, and no network is to be used")
+    if offline:
+        return here
+    try:
+        return {path: file.bytes for path, file in files(repo, revision).items()}
+    except FileAccessError:
+        if gguf_names.models(here):
+            return here  # the network is not missed
+        raise
+
+
+def _refuse_gguf_only(repo: str, revision: str | None, offline: bool) -> None:
+    """Raises ArgumentError if the repository has GGUF files and no others."""
+    snapshot = hub_cache.snapshot(repo, revision)
+    paths = hub_cache.files(snapshot) if snapshot else {}
+    if not offline:
+        paths = _gguf_files(repo, revision, offline)
+    there = gguf_names.models(paths)
+    if there and not any(path.endswith(".safetensors") for path in paths):
+        raise ArgumentError(f"{repo}: holds GGUF files; {gguf_names.listing(repo, there)}")
+
+
+def _fetch(
+    repo: str, patterns: list[str], revision: str | None, offline: bool, progress: bool | None
+) -> Path:
+    """The folder with the files of `repo` that match `patterns`."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repo, revision, offline), _bars(progress):
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=offline
+        )
+    return Path(folder)
+
+
+def _never_online() -> bool:
+    """Whether the hub's own setting forbids the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+@contextmanager
+def _bars(progress: bool | None) -> Iterator[None]:
+    """Shows the client's bars only if they are wanted."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    were_disabled = are_progress_bars_disabled()
+    if not bars.wanted(progress):
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None = None, offline: bool = False) -> Iterator[None]:
+    """Turns the client's exceptions into errors that say what to do."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -57,22 +199,17 @@ def resolve(
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
-    )
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
+        RevisionNotFoundError,
     )
 
-    offline = offline or constants.HF_HUB_OFFLINE
-    were_disabled = are_progress_bars_disabled()
-    if not bars.wanted(progress):
-        disable_progress_bars()
+    unreachable = (
+        f"the hub at {constants.ENDPOINT} cannot be reached, and its cache here lacks the model; "
+        "check the network, or give the path of a folder"
+    )
     try:
-        patterns = [*SMALL_FILES, *(() if tokenizer_only else WEIGHT_FILES)]
-        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+        yield
     except HFValidationError as error:
-        raise ArgumentError(f"{_NO_MODEL.format(name)}: {error}") from error
+        raise ArgumentError(f"{_NO_MODEL.format(repo)}: {error}") from error
     except Exception as error:
         # The client's HTTP library has exceptions of its own, which change between versions.
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -81,30 +218,22 @@ def resolve(
             elif isinstance(cause := error.__cause__, HfHubHTTPError):
                 why = _answer(cause)
             else:
-                why = (
-                    f"the hub at {constants.ENDPOINT} cannot be reached, and its cache here lacks "
-                    "the model; check the network, or give the path of a folder"
-                )
+                why = unreachable
         elif isinstance(error, GatedRepoError):
             why = "access must be granted on its page first, then set HF_TOKEN"
         elif isinstance(error, RepositoryNotFoundError):
             why = _ABSENT
+        elif isinstance(error, RevisionNotFoundError):
+            why = f"the hub has no revision {revision!r} of it"
         elif isinstance(error, HfHubHTTPError):
             why = _answer(error)
+        elif type(error).__name__ in ("ConnectError", "ConnectionError", "ConnectTimeout"):
+            why = unreachable
         elif isinstance(error, OSError) and error.strerror:
             why = f"{error.filename or 'the hub cache'}: {error.strerror}"
         else:
             why = f"{type(error).__name__}: {error}"
-        raise FileAccessError(f"{name}: {why}") from error
-    finally:
-        if not were_disabled:
-            enable_progress_bars()
-    if not (folder / "config.json").exists():
-        why = "it has no config.json, so it is no checkpoint in Hugging Face form"
-        if offline:
-            why = "its config.json is not in the hub's cache; fetch it online"
-        raise FileAccessError(f"{name}: {why}")
-    return folder
+        raise FileAccessError(f"{repo}: {why}") from error
 
 
 def _answer(error: HfHubHTTPError) -> str:

@@ -29,12 +29,14 @@ _SYNONYMS = {
 }
 _NAMES = frozenset(
     {"quant", "ctx", "yarn", "threads", "kv", "isa", "head", "cache", "offline", "progress"}
+    | {"revision"}
 )
 
 
 def load(
     model: str | Path,
     *,
+    revision: str | None = None,
     quant: str = "auto",
     ctx: int | None = None,
     yarn: float | None = None,
@@ -50,7 +52,8 @@ def load(
     """Load a model.
 
     model: a name on the hub, a checkpoint folder, a GGUF file, a converted file, or "demo", the
-    toy that travels with the package.
+    toy that travels with the package; a folder that `export` made means the model in it.
+    revision: a branch, a tag or a commit of a name on the hub; None: the main branch.
     quant: "w8" and "w4" convert the model once and keep the result; "none" computes with the
     file's own weights where they lie. A quantised GGUF file keeps its numbers: "gguf" puts them
     once into the order that is fastest to read, "none" makes no copy and is slower. "auto" is what
@@ -77,8 +80,9 @@ def load(
     Raises FileError, FileAccessError, UnsupportedError or ArgumentError.
     """
     given: dict[str, Any] = {
-        "quant": quant, "ctx": ctx, "yarn": yarn, "threads": threads, "kv": kv, "isa": isa,
-        "head": head, "cache": cache, "offline": offline, "progress": progress,
+        "revision": revision, "quant": quant, "ctx": ctx, "yarn": yarn, "threads": threads,
+        "kv": kv, "isa": isa, "head": head, "cache": cache, "offline": offline,
+        "progress": progress,
     }  # fmt: skip
     defaults = {"quant": "auto", "kv": "auto", "head": "full", "offline": False}
     for name, value in canonical("load", synonyms, _NAMES, _SYNONYMS).items():
@@ -91,6 +95,7 @@ def load(
 def _load(
     model: str | Path,
     *,
+    revision: str | None,
     quant: str,
     ctx: int | None,
     yarn: float | None,
@@ -105,7 +110,9 @@ def _load(
     started = time.perf_counter()
     _check_count("ctx", ctx)
     _check_count("threads", threads)
-    path = locate(model, offline=offline, cache=cache or None, progress=progress)
+    path = locate(
+        model, revision=revision, offline=offline, cache=cache or None, progress=progress
+    )
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)
     native = _native.Model(

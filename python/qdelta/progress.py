@@ -46,6 +46,21 @@ def byte_bar(text: str, progress: bool | None) -> Iterator[Callable[[int, int], 
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def step_counter(text: str, total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """The same for work that is told piece by piece: gives the function to call with its bytes."""
+    done = 0
+    with byte_bar(text, progress) as report:
+
+        def step(size: int) -> None:
+            nonlocal done
+            done += size
+            if report is not None:
+                report(done, total)
+
+        yield step
+
+
 class StepBar:
     """A bar of steps on standard error, if it is wanted; to be entered."""
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def locate(
     source: str | Path,
     *,
+    revision: str | None = None,
     offline: bool = False,
     cache: str | Path | None = None,
     progress: bool | None = None,
@@ -23,6 +24,7 @@ def locate(
 ) -> Path:
     """The folder or file that `source` names, fetched from the hub if need be.
 
+    A folder that `qdelta export` made means the model in it. revision: of a name on the hub.
     weights: False: the files of the tokenizer are enough. Raises ArgumentError and
     FileAccessError for names that lead nowhere.
     """
@@ -34,12 +36,22 @@ def locate(
 
         return demo.path()
     path = Path(source)
-    if path.exists() or isinstance(source, Path) or path.suffix in (".safetensors", ".gguf"):
-        return path  # whether it is there or not: opening it tells what is wrong
-    from . import hub
+    from . import archive
 
-    return hub.resolve(
-        source, offline=offline, cache=cache, progress=progress, tokenizer_only=not weights
+    if path.exists() or isinstance(source, Path) or path.suffix in (".safetensors", ".gguf"):
+        if revision is not None:
+            raise ArgumentError(f"{source}: revision is for names on the hub, this is a path")
+        return archive.model_in(path)  # opening it tells what is wrong, if it is not there
+    from . import hub
+    from .weights import cache_folder
+
+    kept = archive.find_kept(source, revision, cache_folder(cache))
+    return kept or hub.resolve(
+        source,
+        revision=revision,
+        offline=offline,
+        progress=progress,
+        tokenizer_only=not weights,
     )
 
 

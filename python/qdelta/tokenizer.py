@@ -38,19 +38,27 @@ _LONG_TEXT = 4096
 class Tokenizer:
     """A checkpoint's tokenizer and chat template; reads no weights.
 
-    source: a folder, a converted file, "demo", or a name on the hub. offline, cache, progress:
-    as in `qdelta.load`. Raises FileError, FileAccessError or UnsupportedError.
+    source: a folder, a converted file, "demo", or a name on the hub. revision, offline, cache,
+    progress: as in `qdelta.load`. Raises FileError, FileAccessError or UnsupportedError.
     """
 
     def __init__(
         self,
         source: str | Path,
         *,
+        revision: str | None = None,
         offline: bool = False,
         cache: str | Path | None = None,
         progress: bool | None = None,
     ) -> None:
-        path = locate(source, offline=offline, cache=cache, progress=progress, weights=False)
+        path = locate(
+            source,
+            revision=revision,
+            offline=offline,
+            cache=cache,
+            progress=progress,
+            weights=False,
+        )
         self._set_up(tokenizer_files(path))
 
     @classmethod

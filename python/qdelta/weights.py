@@ -53,7 +53,7 @@ def open_model(
         if quant not in ("auto", source.quant):
             raise UnsupportedError(
                 f"{path}: is already converted to {source.quant}, {quant!r} was asked for; "
-                "convert the original checkpoint"
+                "convert the original checkpoint, which `qdelta pull` fetches"
             )
         return source
     if quant == "auto":
@@ -64,11 +64,11 @@ def open_model(
         return _convert(source, path, None, quant, progress, threads)
     out = converted_path(path, quant, cache)
     # Without the lock, so that a cache that may only be read serves: files appear whole.
-    fresh = _open_if_fresh(out, source)
+    fresh = open_if_fresh(out, source)
     if fresh is not None:
         return fresh
-    with _locked(out):
-        fresh = _open_if_fresh(out, source)
+    with locked(out):
+        fresh = open_if_fresh(out, source)
         if fresh is not None:
             return fresh
         with _cache_errors(out):
@@ -153,7 +153,7 @@ def converted_path(path: str | Path, quant: str, cache: str | Path | None = None
     return cache_folder(cache) / f"{given.name}-{key}.{quant}.safetensors"
 
 
-def _open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint | None:
+def open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint | None:
     """The converted file, if it is there, readable by this version, and made from `source`."""
     if not out.exists():
         return None
@@ -167,8 +167,8 @@ def _open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint 
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps other processes from making the same file meanwhile."""
+def locked(out: Path) -> Iterator[None]:
+    """Keeps other processes from making the same file or folder meanwhile."""
     with _cache_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{out}.lock", "a+b")  # noqa: SIM115
@@ -185,7 +185,8 @@ def _locked(out: Path) -> Iterator[None]:
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
             for path in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
-                path.unlink()  # of a process that was killed; nobody else writes here now
+                if path.is_file():  # of a process that was killed; nobody else writes here now
+                    path.unlink()
         yield  # closing the file unlocks it
 
 

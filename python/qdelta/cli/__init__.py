@@ -11,7 +11,7 @@ import sys
 import click
 
 from ..errors import Error
-from . import bench, files, talk
+from . import bench, files, keep, talk
 
 HELP = """Run the Qwen3.5 small models (0.8B, 2B, 4B, 9B) on this computer's CPU.
 
@@ -21,7 +21,8 @@ HELP = """Run the Qwen3.5 small models (0.8B, 2B, 4B, 9B) on this computer's CPU
   qdelta run ./Qwen3.5-0.8B "The sea is"     continue a text
   qdelta bench --synthetic 0.8B              how fast would that be here?
 
-A MODEL is a name on the Hugging Face Hub, a checkpoint folder, a converted file, or "demo".
+A MODEL is a name on the Hugging Face Hub, a checkpoint folder, a converted file, a folder that
+`qdelta export` made, or "demo".
 """
 
 
@@ -32,7 +33,8 @@ def cli() -> None:
 
 
 for command in (
-    talk.demo, talk.run, talk.chat, files.convert, files.inspect, files.evaluate, bench.bench
+    talk.demo, talk.run, talk.chat, files.convert, files.inspect, files.evaluate, bench.bench,
+    keep.pull, keep.list_models, keep.rm, keep.verify, keep.export, keep.import_,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
 from ..errors import FileError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,7 +23,12 @@ yarn_option = click.option(
     "may harm short texts. Default: what config.json says; 1: not at all.",
 )
 
+revision_option = click.option(
+    "--revision", metavar="R", help="Branch, tag or commit on the hub; default: main."
+)
+
 _LOADING = (
+    revision_option,
     click.option(
         "--quant",
         type=click.Choice(["auto", "none", "w8", "w4"]),
@@ -92,6 +101,24 @@ def read_text(file: BinaryIO, name: str) -> str:
         raise FileError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
+def size_text(n: int) -> str:
+    """A size that a person can read."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def table_console() -> Console:
+    """Standard output for tables."""
+    from rich.console import Console
+
+    # Names may hold brackets, which are no markup. In a pipe nothing is cut to a width.
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
+
+
 def given(options: dict[str, Any], *names: str) -> dict[str, Any]:
     """The options that were given on the command line, of those named."""
     return {name: options[name] for name in names if options[name] is not None}
@@ -100,4 +127,6 @@ def given(options: dict[str, Any], *names: str) -> dict[str, Any]:
 SAMPLING_NAMES = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "seed", "preset",
 )  # fmt: skip
-LOADING_NAMES = ("quant", "ctx", "yarn", "threads", "kv", "isa", "head", "cache", "offline")
+LOADING_NAMES = (
+    "revision", "quant", "ctx", "yarn", "threads", "kv", "isa", "head", "cache", "offline",
+)  # fmt: skip

@@ -13,7 +13,14 @@ import click
 
 from ..errors import ArgumentError
 from ..progress import wanted
-from .common import LOADING_NAMES, loading_options, read_text, yarn_option
+from .common import (
+    LOADING_NAMES,
+    loading_options,
+    read_text,
+    size_text,
+    table_console,
+    yarn_option,
+)
 
 T = TypeVar("T")
 
@@ -143,12 +150,9 @@ def _report(
 
 
 def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    # Names may hold brackets, which are no markup. In a pipe nothing is cut to a width.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
-    memory = report["memory"]
+    console, memory = table_console(), report["memory"]
     count = f"{report['parameters'] / 1e6:,.1f} M parameters"
     console.print(f"{report['model']}: Qwen3.5 {report['size']}, {count}, quant {report['quant']}")
     if report["verified"]:
@@ -160,13 +164,13 @@ def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
     console.print(table)
     table = Table("type", "tensors", "size", title="Types", title_justify="left")
     for name, entry in report["types"].items():
-        table.add_row(name, str(entry["tensors"]), _size(entry["bytes"]))
+        table.add_row(name, str(entry["tensors"]), size_text(entry["bytes"]))
     console.print(table)
     if list_tensors:
         table = Table("tensor", "type", "shape", "size", title="Tensors", title_justify="left")
         for tensor in report["tensors"]:
             shape = " x ".join(map(str, tensor["shape"]))
-            table.add_row(tensor["name"], tensor["type"], shape, _size(tensor["bytes"]))
+            table.add_row(tensor["name"], tensor["type"], shape, size_text(tensor["bytes"]))
         console.print(table)
     title = f"Memory for a context of {memory['ctx']}"
     table = Table("part", "size", title=title, title_justify="left")
@@ -178,7 +182,7 @@ def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
         "total": "total",
     }
     for key, label in names.items():
-        table.add_row(label, _size(memory[key]))
+        table.add_row(label, size_text(memory[key]))
     console.print(table)
 
 
@@ -192,16 +196,6 @@ def _context_line(context: dict[str, Any]) -> str:
         here = f"YaRN factor {yarn:g} of --yarn" if yarn else "--yarn 1"
         reason = f"{here}, instead of {said}" if said else here
     return f"context {context['tokens']}" + (f" ({reason})" if reason else "")
-
-
-def _size(n: int) -> str:
-    """A size that a person can read."""
-    value = float(n)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 @click.command("eval")
