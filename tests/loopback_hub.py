@@ -15,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,8 +36,14 @@ class Hub:
         self.requests: list[tuple[str, str]] = []  # method and path
         self.ranges: list[str] = []  # that were asked for
         self.cuts: dict[str, list[int]] = {}  # file -> bytes after which connections break
+        self.held: dict[str, threading.Event] = {}
         self.tags: set[str] = set()  # other names of the commit
         self.url = ""
+
+    def hold(self, name: str) -> Callable[[], None]:
+        """Answer no request for the content of a file until the returned function is called."""
+        self.held[name] = threading.Event()
+        return self.held[name].set
 
     def revisions(self) -> set[str]:
         return {"main", self.commit, *self.tags}
@@ -146,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_content(self, name: str, content: bytes, headers: dict[str, str]) -> None:
         """The content, or the range that was asked for, as far as the connection lasts."""
+        if self.command == "GET" and name in self.hub.held:
+            self.hub.held[name].wait(60)
         status, start = 200, 0
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             self.hub.ranges.append(match[0])

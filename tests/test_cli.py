@@ -19,7 +19,10 @@ import qdelta
 from qdelta.cli import cli
 from tiny import make_checkpoint
 
-COMMANDS = ("bench", "chat", "convert", "demo", "eval", "inspect", "run")
+COMMANDS = (
+    "bench", "chat", "convert", "demo", "eval", "export", "import", "inspect", "list", "pull", "rm",
+    "run", "verify",
+)  # fmt: skip
 # Field names of llama-bench, which scripts that compare the two rely on.
 LLAMA_BENCH = {
     "build_commit", "build_number", "cpu_info", "backends", "model_filename", "model_type",

@@ -290,7 +290,7 @@ class Held:
     """A model, or a form of it, that is on this computer."""
 
     name: str  # what `load` takes; of a converted file without a known source, the folder's name
-    place: str  # "hub": the hub's cache; "kept"; "converted"
+    place: str  # "hub": the hub's cache; "kept"; "converted"; "unfinished": a download
     quant: str  # "none", "w8", "w4", "gguf" or the GGUF type; "?" if it cannot be read
     bytes: int
     last_used: float  # seconds since 1970, as exact as the file system notes it
@@ -352,6 +352,10 @@ def _held_in_hub(repo: str) -> Iterator[Held]:
                 yield Held(
                     name, "hub", quant, size, used, snapshot.name, tuple(refs), path, problem
                 )
+    for path in sorted((hub_cache.repo_folder(repo) / "blobs").glob("*.incomplete")):
+        why = "a download broken off, or under way"
+        size = path.stat().st_size
+        yield Held(repo, "unfinished", "?", size, _last_used([path]), None, (), path, why)
 
 
 def _is_own(snapshot: Path) -> bool:

@@ -31,21 +31,24 @@ def locate(
     if not str(source):
         # An empty path would be the current folder, which nobody means by it.
         raise ArgumentError("model: empty; expected a name on the hub, a folder, or a file")
+    path = Path(source)
+    is_file = path.suffix in (".safetensors", ".gguf")
+    is_name = not (isinstance(source, Path) or is_file or path.exists())
+    if revision is not None and (not is_name or source == "demo"):
+        raise ArgumentError(f"{source}: revision is for names on the hub")
     if str(source) == "demo":
         from . import demo
 
         return demo.path()
-    path = Path(source)
     from . import archive
 
-    if path.exists() or isinstance(source, Path) or path.suffix in (".safetensors", ".gguf"):
-        if revision is not None:
-            raise ArgumentError(f"{source}: revision is for names on the hub, this is a path")
+    if isinstance(source, Path) or not is_name:
         return archive.model_in(path)  # opening it tells what is wrong, if it is not there
-    from . import hub
+    from . import hub, hub_cache
     from .weights import cache_folder
 
-    kept = archive.find_kept(source, revision, cache_folder(cache))
+    commit = None if revision is None else hub_cache.commit(hub.split_name(source)[0], revision)
+    kept = archive.find_kept(source, commit, cache_folder(cache))
     return kept or hub.resolve(
         source,
         revision=revision,
