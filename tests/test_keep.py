@@ -23,7 +23,7 @@ from huggingface_hub import constants
 
 import qdelta
 from loopback_hub import COMMIT, Hub, environment, output, program, run, serve
-from qdelta import _native, archive, hub_cache, keep, weights
+from qdelta import _native, archive, hub_cache, inventory, keep, weights
 from qdelta.cli import cli
 from qdelta.verification import verify
 from tiny import make_checkpoint
@@ -213,6 +213,20 @@ def test_another_pull_brings_what_is_new(place: Place, hub: Hub):
     assert not kept.exists()
 
 
+def test_another_pull_repairs_what_is_kept(place: Place, hub: Hub):
+    place.command("pull", NAME, "--only", "w4")
+    before = place.tokens()
+    kept = archive.kept_folder(NAME, place.cache)
+    flip(kept / "model.w4.safetensors")
+    assert "model.w4.safetensors: sha256" in place.command("verify", NAME, status=1).stdout
+    place.command("pull", NAME, "--only", "w4")
+    (kept / archive.MANIFEST).write_text("{")
+    assert "not a valid manifest" in place.command("verify", NAME, status=1).stderr
+    place.command("pull", NAME, "--only", "w4")
+    place.command("verify", NAME)
+    assert place.tokens() == before
+
+
 def test_originals_of_others_are_asked_for(place: Place, hub: Hub):
     place.command("pull", NAME)
     asked = place.command("pull", NAME, "--only", "w4", stdin="n\n", status=130)
@@ -255,7 +269,8 @@ def test_revisions(place: Place, hub: Hub):
     assert "no revision 'v2'" in message
     # What is kept of one revision does not serve another.
     place.command("pull", NAME, "--only", "w4", "--revision", "v1", "--yes")
-    assert place.tokens().startswith("w4 ") and place.tokens(revision=COMMIT).startswith("w4 ")
+    for options in ({}, {"revision": COMMIT}, {"revision": "v1"}):
+        assert place.tokens(**options).startswith("w4 ")
     message = place.python(f"qdelta.load({NAME!r}, revision={'d' * 40!r}, offline=True)")
     assert message.startswith("FileAccessError")
 
@@ -508,7 +523,7 @@ def test_list_shows_what_is_kept_and_what_is_broken(here: Place, tmp_path: Path)
     converted(here).write_bytes(b"")
     (here.cache / "kept" / "models--me--broken").mkdir()
     (here.cache / "kept" / "models--me--broken" / archive.MANIFEST).write_text("{")
-    found = {(one.name, one.place): one for one in keep.held()}
+    found = {(one.name, one.place): one for one in inventory.held()}
     kept, broken = found.pop(("me/demo", "kept")), found.pop(("me/broken", "kept"))
     assert kept.quant == "w8" and kept.problem is None
     assert "not a valid manifest" in broken.problem
@@ -536,7 +551,7 @@ def test_rm(here: Place):
     asked = here.command("rm", NAME, stdin="n\n", status=130)
     assert str(repo) in asked.stderr and str(converted(here)) in asked.stderr
     assert repo.exists()
-    assert keep.remove(NAME) == expected
+    assert inventory.remove(NAME) == expected
     assert not repo.exists() and everything(neighbour) == before
     assert [path.name for path in here.cache.iterdir()] == ["other.safetensors"]
     assert "nothing of it is here" in here.command("rm", "--yes", NAME, status=1).stderr
@@ -549,10 +564,10 @@ def test_rm_of_converted_files(here: Place, tmp_path: Path):
     assert not list(here.cache.iterdir()) and everything(here.hub) == before
     folder = make_checkpoint(tmp_path / "mine")
     weights.open_model(folder, "w8")
-    assert keep.remove(str(folder), converted=True) > 0
+    assert inventory.remove(str(folder), converted=True) > 0
     assert not list(here.cache.iterdir()) and (folder / "config.json").exists()
-    with pytest.raises(qdelta.Error, match="no such file or folder"):
-        keep.remove(str(folder), converted=False)
+    with pytest.raises(qdelta.Error, match="is a path"):
+        inventory.remove(str(folder), converted=False)
     assert (folder / "config.json").exists()
 
 
@@ -560,7 +575,7 @@ def test_rm_of_what_is_kept(here: Place, tmp_path: Path):
     keep.import_folder(keep.export("demo", tmp_path / "out"), name="me/demo")
     assert here.tokens("me/demo")
     size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert keep.remove("me/demo") == size
+    assert inventory.remove("me/demo") == size
     assert everything(here.cache / "kept") == set()
     assert converted(here).exists()
 
@@ -583,7 +598,7 @@ def test_rm_follows_no_link(here: Place, tmp_path: Path):
     (repo / "snapshots" / COMMIT / "folder").symlink_to(precious)
     converted(here).unlink()
     weights.converted_path(hub_cache.snapshot(NAME), "w8").symlink_to(precious / "file")
-    keep.remove(NAME)
+    inventory.remove(NAME)
     assert not repo.exists() and (precious / "file").read_text() == "words"
     (precious / "snapshots" / COMMIT).mkdir(parents=True)
     repo.symlink_to(precious)
@@ -592,7 +607,7 @@ def test_rm_follows_no_link(here: Place, tmp_path: Path):
     kept.symlink_to(precious)
     for name in (NAME, "me/x"):
         with pytest.raises(qdelta.FileAccessError, match="is a link"):
-            keep.remove(name)
+            inventory.remove(name)
     assert (precious / "file").exists()
 
 
@@ -613,7 +628,7 @@ def test_a_link_out_of_the_cache_loses_only_the_link(here: Place, tmp_path: Path
 def test_names_lead_nowhere_else(here: Place, name: str):
     before = everything(here.path)
     with pytest.raises(qdelta.Error):
-        keep.remove(name)
+        inventory.remove(name)
     assert everything(here.path) == before
 
 

@@ -286,11 +286,14 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def find_kept(name: str, revision: str | None, cache: Path) -> Path | None:
-    """What is to be opened of the kept model `name`, None if it, or its revision, is not kept."""
+def find_kept(name: str, commit: str | None, cache: Path) -> Path | None:
+    """What is to be opened of the kept model `name`, None if it is not kept.
+
+    commit: the one it must be of; None: any.
+    """
     folder = kept_folder(name, cache)
     manifest = read_manifest(folder)
-    if manifest is None or revision not in (None, manifest.revision):
+    if manifest is None or commit not in (None, manifest.revision):
         return None
     return folder / manifest.model
 

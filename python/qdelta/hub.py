@@ -7,6 +7,7 @@ of safetensors files, `OWNER/NAME:TYPE` a GGUF file of a repository that holds s
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import re
 from collections.abc import Iterator
@@ -120,6 +121,24 @@ def files(repo: str, revision: str | None = None) -> dict[str, HubFile]:
         file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or "")
         for file in info.siblings or ()
     }
+
+
+def weights_here(name: str, snapshot: Path | None = None) -> dict[str, int]:
+    """The weights of the model `name` in a snapshot of the hub's cache: path in it -> bytes.
+
+    snapshot: None: that of the main branch. Empty if none are there, or not all parts.
+    """
+    repo, wanted = split_name(name)
+    snapshot = snapshot or hub_cache.snapshot(repo)
+    there = hub_cache.files(snapshot) if snapshot else {}
+    if wanted is None:
+        names = [n for n in there if any(fnmatch.fnmatch(n, p) for p in WEIGHT_FILES)]
+    else:
+        try:
+            names = list(gguf_names.choose(there, wanted, repo).files)
+        except ArgumentError:
+            names = []
+    return {n: there[n] for n in names}
 
 
 def _gguf_files(repo: str, revision: str | None, offline: bool) -> dict[str, int]:

@@ -53,15 +53,18 @@ def snapshots(repo: str) -> dict[Path, list[str]]:
     return found
 
 
+def commit(repo: str, revision: str) -> str:
+    """The commit that a branch or tag was when it was last looked up; else `revision` itself."""
+    refs = repo_folder(repo) / "refs"
+    ref = refs / revision
+    inside = refs in ref.parents and ".." not in ref.parts
+    return _named_by(ref) if inside and ref.is_file() else revision
+
+
 def snapshot(repo: str, revision: str | None = None) -> Path | None:
     """The snapshot of a revision (None: the main branch) if the cache has one, whole or not."""
-    folder = repo_folder(repo)
-    name = revision or "main"
-    if not _COMMIT.fullmatch(name):
-        ref = folder / "refs" / name
-        inside = folder in ref.parents and ".." not in ref.parts
-        name = _named_by(ref) if inside and ref.is_file() else ""
-    path = folder / "snapshots" / name
+    name = commit(repo, revision or "main")
+    path = repo_folder(repo) / "snapshots" / name
     return path if _COMMIT.fullmatch(name) and path.is_dir() else None
 
 

@@ -1,32 +1,19 @@
-"""Keeping models: fetch, list, remove, carry to another computer.
+"""Keeping models: fetch them, and carry them to another computer as folders.
 
-A model is here in up to three forms: as the hub has it, in the hub's cache (`hub_cache`); *kept*
-under its name as a folder that needs nothing else (`archive`), after `pull(only=...)` or an
-import; and converted, beside the kept ones in this program's own cache (`weights`), which is made
-again whenever it is missing.
+What `pull` fetches lies in the hub's cache, as for any program of the hub. With `only="w4"`, and
+after an import, a model is *kept* under its name as a folder that needs nothing else (`archive`).
 """
 
 from __future__ import annotations
 
-import fnmatch
-import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from . import _native, archive, gguf_names, hub, hub_cache, weights
-from .errors import ArgumentError, Error, FileAccessError, FileError, UnsupportedError
+from . import _native, archive, gguf_names, hub, hub_cache, inventory, weights
+from .errors import ArgumentError, Error, FileError
 from .progress import step_counter
 from .source import locate
-
-_CONVERTED = ("w4", "w8", "gguf")
-_OWN_TYPES = ("qwen3_5", "qwen3_5_text")
-
-
-# ------------------------------------------------------------------------------------------ pull
 
 
 def pull(
@@ -71,50 +58,32 @@ def _pull_converted(
     name: str, quant: str, revision: str | None, cache: str | Path | None, progress: bool | None
 ) -> Path:
     repo, _ = hub.split_name(name)
-    with _place(name, cache) as folder:
+    with inventory.kept_place(name, cache) as folder:
         commit = _current_commit(folder, name, quant, revision)
         if commit is None:
             path = hub.resolve(name, revision=revision, progress=progress, papers=True)
             _write(folder, path, quant, name=name, replace=True, cache=cache, progress=progress)
             commit = _snapshot_of(path).name
-        model = archive.model_in(folder)
-        _native.verify(os.fspath(model))  # proven before anything is removed
+            _native.verify(os.fspath(archive.model_in(folder)))  # before anything is removed
         snapshot = hub_cache.snapshot(repo, commit)
         if snapshot is not None:
-            hub_cache.remove_files(snapshot, original_weights(name, snapshot))
-            for made in converted_from(name, cache):
-                _remove_converted(made)
-        return model
+            hub_cache.remove_files(snapshot, hub.weights_here(name, snapshot))
+            for made in inventory.converted_from(name, cache):
+                inventory.remove_converted(made)
+        return archive.model_in(folder)
 
 
 def _current_commit(folder: Path, name: str, quant: str, revision: str | None) -> str | None:
-    """The commit of what is kept in `folder`, if that is what is wanted now."""
+    """The commit of what is kept in `folder`, if that is whole and what is wanted now."""
     try:
         manifest = archive.read_manifest(folder)
-    except FileError:
-        return None
-    if manifest is None or (manifest.name, manifest.quant) != (name, quant):
-        return None
+        if manifest is None or (manifest.name, manifest.quant) != (name, quant):
+            return None
+        _native.verify(os.fspath(folder / manifest.model))
+    except Error:
+        return None  # damaged: it is made again
     commit = hub.commit(hub.split_name(name)[0], revision)
     return commit if manifest.revision == commit else None
-
-
-def original_weights(name: str, snapshot: Path | None = None) -> dict[str, int]:
-    """The weights of the model `name` in a snapshot of the hub's cache: path in it -> bytes.
-
-    snapshot: None: that of the main branch.
-    """
-    repo, wanted = hub.split_name(name)
-    snapshot = snapshot or hub_cache.snapshot(repo)
-    files = hub_cache.files(snapshot) if snapshot else {}
-    if wanted is None:
-        names = [n for n in files if any(fnmatch.fnmatch(n, p) for p in hub.WEIGHT_FILES)]
-    else:
-        try:
-            names = list(gguf_names.choose(files, wanted, repo).files)
-        except ArgumentError:
-            names = []
-    return {n: files[n] for n in names}
 
 
 def _snapshot_of(path: Path) -> Path:
@@ -122,18 +91,6 @@ def _snapshot_of(path: Path) -> Path:
     if place is None:
         raise FileError(f"{path}: expected a path in the hub's cache")
     return place[1]
-
-
-@contextmanager
-def _place(name: str, cache: str | Path | None) -> Iterator[Path]:
-    """The folder for the kept model `name`, while no other process works on it."""
-    folder = archive.kept_folder(name, weights.cache_folder(cache))
-    with weights.locked(folder):
-        archive.clear_leftovers(folder)
-        yield folder
-
-
-# ------------------------------------------------------------------------- to and from folders
 
 
 def export(
@@ -182,11 +139,11 @@ def import_folder(
     _check_name(name)
     with step_counter(f"Verifying {source.name}", manifest.bytes, progress) as step:
         problems = [(f.name, archive.problem(source, f, step)) for f in manifest.files]
-    bad = [f"{name}: {problem}" for name, problem in problems if problem]
+    bad = [f"{file}: {problem}" for file, problem in problems if problem]
     if bad:
         what = "; ".join(bad)
         raise FileError(f"{source}: not as its manifest says, nothing was imported: {what}")
-    with _place(name, cache) as place:
+    with inventory.kept_place(name, cache) as place:
         archive.copy(source, manifest, place, progress)
     return name
 
@@ -280,234 +237,3 @@ def _stem(path: Path, snapshot: Path) -> str:
     relative = path.relative_to(snapshot).as_posix()
     found = gguf_names.models({relative: 0})
     return found[0].stem if found else relative
-
-
-# ------------------------------------------------------------------------------------------ list
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A model, or a form of it, that is on this computer."""
-
-    name: str  # what `load` takes; of a converted file without a known source, the folder's name
-    place: str  # "hub": the hub's cache; "kept"; "converted"; "unfinished": a download
-    quant: str  # "none", "w8", "w4", "gguf" or the GGUF type; "?" if it cannot be read
-    bytes: int
-    last_used: float  # seconds since 1970, as exact as the file system notes it
-    revision: str | None  # the commit on the hub
-    refs: tuple[str, ...]  # branches and tags that mean it
-    path: Path
-    problem: str | None  # why it cannot be used as it is
-
-
-def held(cache: str | Path | None = None) -> list[Held]:
-    """All models here that this program can use, and converted files. Opens headers only."""
-    folder = weights.cache_folder(cache)
-    found = [_held_kept(name, folder) for name in archive.kept_names(folder)]
-    origins: dict[Path, str] = {}
-    for repo in hub_cache.repos():
-        here = list(_held_in_hub(repo))
-        found += here
-        for name in {repo, *(one.name for one in here)}:
-            origins |= dict.fromkeys(converted_from(name, cache), name)
-    for path in sorted(folder.glob("*.safetensors")):
-        found.append(_held_converted(path, origins.get(path)))
-    return found
-
-
-def _held_kept(name: str, cache: Path) -> Held:
-    folder = archive.kept_folder(name, cache)
-    try:
-        manifest = archive.read_manifest(folder)
-        problem = _problem(archive.model_in(folder))
-    except Error as error:
-        manifest, problem = None, str(error)
-    files = hub_cache.files(folder)
-    return Held(
-        name, "kept", manifest.quant if manifest else "?", sum(files.values()),
-        _last_used(folder / file for file in files), manifest.revision if manifest else None, (),
-        folder, problem,
-    )  # fmt: skip
-
-
-def _held_in_hub(repo: str) -> Iterator[Held]:
-    for snapshot, refs in hub_cache.snapshots(repo).items():
-        files = hub_cache.files(snapshot)
-        forms: list[tuple[str, str, list[str], Path, str | None]] = []
-        names = list(original_weights(repo, snapshot))
-        if any(name.endswith(".safetensors") for name in names) and _is_own(snapshot):
-            small = [name for name in hub.SMALL_FILES if name in files]
-            forms.append((repo, "none", [*names, *small], snapshot, None))
-        ggufs = gguf_names.models(files)
-        for label, model in zip(gguf_names.labels(ggufs), ggufs, strict=True):
-            path = snapshot / model.files[0]
-            parts = f"{len(model.files)} of {model.parts} parts are here"
-            problem = None if model.whole else parts
-            forms.append((f"{repo}:{label}", model.type, list(model.files), path, problem))
-        for name, quant, members, path, problem in forms:
-            with suppress(UnsupportedError):  # another program's
-                problem = problem or _problem(path)
-                size = sum(files[member] for member in members)
-                used = _last_used(snapshot / member for member in members)
-                yield Held(
-                    name, "hub", quant, size, used, snapshot.name, tuple(refs), path, problem
-                )
-    for path in sorted((hub_cache.repo_folder(repo) / "blobs").glob("*.incomplete")):
-        why = "a download broken off, or under way"
-        size = path.stat().st_size
-        yield Held(repo, "unfinished", "?", size, _last_used([path]), None, (), path, why)
-
-
-def _is_own(snapshot: Path) -> bool:
-    """Whether config.json says that the model is of the family."""
-    try:
-        config = json.loads((snapshot / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in _OWN_TYPES
-
-
-def _held_converted(path: Path, name: str | None) -> Held:
-    try:
-        quant, problem = _native.Checkpoint(os.fspath(path)).quant, None
-    except Error as error:
-        quant, problem = "?", str(error)
-    stem = re.sub(r"-[0-9a-f]{16}\.\w+\.safetensors$", "", path.name)
-    return Held(
-        name or stem, "converted", quant, path.stat().st_size, _last_used([path]), None, (),
-        path, problem,
-    )  # fmt: skip
-
-
-def _problem(path: Path) -> str | None:
-    """Why the model cannot be opened. Raises UnsupportedError if it is of another kind."""
-    try:
-        _native.Checkpoint(os.fspath(path))
-    except UnsupportedError:
-        raise
-    except Error as error:
-        return str(error)
-    return None
-
-
-def _last_used(paths: Iterator[Path] | list[Path]) -> float:
-    times = [path.stat() for path in paths]
-    return max((max(time.st_atime, time.st_mtime) for time in times), default=0.0)
-
-
-# ---------------------------------------------------------------------------------------- remove
-
-
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """Something to be removed."""
-
-    what: str
-    path: Path
-    bytes: int
-
-
-def removals(
-    name: str, *, converted: bool = False, cache: str | Path | None = None
-) -> list[Removal]:
-    """What `remove` would remove of the model `name`. Sizes in bytes.
-
-    converted: only the converted files of the cache, which any load makes again; then `name` may
-    be a folder too. Raises ArgumentError for what can be no name, FileAccessError if nothing is
-    here.
-    """
-    found = []
-    if not converted:
-        folder = weights.cache_folder(cache)
-        for one in _kept_as(name, folder):
-            place = archive.kept_folder(one, folder)
-            found.append(Removal("kept model", place, sum(hub_cache.files(place).values())))
-        repo, wanted = hub.split_name(name)
-        if wanted is None and os.path.lexists(hub_cache.repo_folder(repo)):
-            place = hub_cache.repo_folder(repo)
-            found.append(Removal("in the hub's cache", place, _tree_bytes(place)))
-        elif wanted is not None:
-            for snapshot in hub_cache.snapshots(repo):
-                for file, size in original_weights(name, snapshot).items():
-                    found.append(Removal("in the hub's cache", snapshot / file, size))
-    for path in converted_from(name, cache):
-        if os.path.lexists(path):
-            found.append(Removal("converted file", path, path.lstat().st_size))
-    if not found:
-        raise FileAccessError(f"{name}: nothing of it is here")
-    return found
-
-
-def remove(name: str, *, converted: bool = False, cache: str | Path | None = None) -> int:
-    """Remove the model `name` and its converted files. Returns the bytes that were freed.
-
-    converted: only the converted files. Nothing else is removed, and no link is followed. Raises
-    as `removals`, and FileAccessError if something is left.
-    """
-    removals(name, converted=converted, cache=cache)
-    freed = sum(_remove_converted(path) for path in converted_from(name, cache))
-    if converted:
-        return freed
-    for one in _kept_as(name, weights.cache_folder(cache)):
-        with _place(one, cache) as place:
-            freed += archive.remove_kept(one, weights.cache_folder(cache))
-        Path(f"{place}.lock").unlink(missing_ok=True)
-    repo, wanted = hub.split_name(name)
-    if wanted is not None:
-        for snapshot in hub_cache.snapshots(repo):
-            freed += hub_cache.remove_files(snapshot, original_weights(name, snapshot))
-    elif os.path.lexists(hub_cache.repo_folder(repo)):
-        freed += hub_cache.remove_repo(repo)
-    return freed
-
-
-def _kept_as(name: str, cache: Path) -> list[str]:
-    """The names of kept models that `name` means: itself, and its GGUF types."""
-    names = {*archive.kept_names(cache), name}
-    there = [one for one in names if one == name or one.startswith(f"{name}:")]
-    return [one for one in sorted(there) if os.path.lexists(archive.kept_folder(one, cache))]
-
-
-def converted_from(name: str, cache: str | Path | None) -> dict[Path, list[Path]]:
-    """Where converted files of a model may be: each with those here that it may be made from.
-
-    name: a name on the hub, or a folder.
-    """
-    sources: dict[Path, list[Path]] = {}  # a path that stands for all -> themselves
-    if Path(name).exists():
-        sources[Path(name)] = [Path(name)]
-    else:
-        repo, wanted = hub.split_name(name)
-        here = list(hub_cache.snapshots(repo))
-        if not wanted:
-            sources[hub_cache.repo_folder(repo) / "snapshots" / "any"] = here
-        for snapshot in here:
-            ggufs = gguf_names.models(hub_cache.files(snapshot))
-            if wanted:
-                ggufs = [m for m in ggufs if m.files[0] in original_weights(name, snapshot)]
-            for model in ggufs:
-                path = snapshot / model.files[0]
-                sources[path] = [path]
-    return {
-        weights.converted_path(path, quant, cache): models
-        for path, models in sources.items()
-        for quant in _CONVERTED
-    }
-
-
-def _remove_converted(path: Path) -> int:
-    if not os.path.lexists(path):
-        return 0
-    size = path.lstat().st_size
-    try:
-        path.unlink()
-        Path(f"{path}.lock").unlink(missing_ok=True)
-    except OSError as error:
-        raise FileAccessError(error.errno, error.strerror, error.filename) from error
-    return size
-
-
-def _tree_bytes(folder: Path) -> int:
-    """Bytes of the content of a repository in the hub's cache, downloads broken off included."""
-    files = {path.resolve() for path in hub_cache.entries(folder).values() if path.is_file()}
-    return sum(path.stat().st_size for path in files)

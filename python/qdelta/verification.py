@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import _native, archive, digests, hub, hub_cache, keep, weights
+from . import _native, archive, digests, hub, hub_cache, inventory, weights
 from .errors import ArgumentError, Error, FileAccessError
 from .progress import step_counter
 
@@ -96,7 +96,7 @@ def _of_name(
     only = None if revision is None else hub_cache.snapshot(repo, revision)
     for snapshot in hub_cache.snapshots(repo):
         if revision is None or snapshot == only:
-            some = keep.original_weights(name, snapshot) if wanted else None
+            some = hub.weights_here(name, snapshot) if wanted else None
             hashes = hub.files(repo, snapshot.name) if online else None
             yield from _of_snapshot(snapshot, hashes, some)
     if revision is None:
@@ -156,7 +156,7 @@ def _missing_shards(snapshot: Path) -> Iterator[_Task]:
 
 def _of_converted(name: str, cache: str | Path | None) -> Iterator[_Task]:
     """The converted files of the cache, which must be of what is in the hub's cache now."""
-    for path, sources in keep.converted_from(name, cache).items():
+    for path, sources in inventory.converted_from(name, cache).items():
         if path.is_file():
             made_from = _sources(path)
             if sources and made_from and made_from not in map(_sources, sources):

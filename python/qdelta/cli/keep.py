@@ -14,7 +14,7 @@ import click
 from .common import revision_option, size_text, table_console
 
 if TYPE_CHECKING:
-    from ..keep import Held
+    from ..inventory import Held
 
 cache_option = click.option(
     "--cache", type=click.Path(file_okay=False), help="Folder for converted and kept models."
@@ -42,17 +42,18 @@ def pull(name: str, revision: str | None, only: str | None, yes: bool, cache: st
     without looking for news; another `pull` fetches them. A `pull` without --only fetches the
     original again, which takes the place of what was kept.
 
-    A download that is broken off goes on where it was with the next call.
+    A lost connection is taken up again where it broke. After a stop, files that are whole are not
+    fetched again.
 
     \b
       qdelta pull Qwen/Qwen3.5-4B
       qdelta pull Qwen/Qwen3.5-4B --only w4
       qdelta pull unsloth/Qwen3.5-4B-GGUF --only gguf:Q4_K_M
     """
-    from .. import keep
+    from .. import hub, keep
 
     if only in ("w4", "w8") and not yes:
-        before = sum(keep.original_weights(name).values())
+        before = sum(hub.weights_here(name).values())
         if before:
             click.confirm(
                 f"{size_text(before)} of the original weights are in the hub's cache already, "
@@ -78,9 +79,9 @@ def list_models(as_json: bool, cache: str | None) -> None:
       qdelta list
       qdelta list --json
     """
-    from .. import keep
+    from .. import inventory
 
-    models = keep.held(cache)
+    models = inventory.held(cache)
     if as_json:
         click.echo(json.dumps([_as_data(one) for one in models], indent=2))
     elif models:
@@ -122,14 +123,15 @@ def rm(names: tuple[str, ...], converted: bool, yes: bool, cache: str | None) ->
       qdelta rm unsloth/Qwen3.5-4B-GGUF:Q4_K_M
       qdelta rm --converted ./Qwen3.5-9B
     """
-    from .. import keep
+    from .. import inventory
 
-    found = [one for n in names for one in keep.removals(n, converted=converted, cache=cache)]
+    options: dict[str, Any] = {"converted": converted, "cache": cache}
+    found = [one for name in names for one in inventory.removals(name, **options)]
     if not yes:
         for one in found:
             click.echo(f"{one.what}: {one.path} ({size_text(one.bytes)})", err=True)
         click.confirm("Remove?", abort=True, err=True)
-    freed = sum(keep.remove(name, converted=converted, cache=cache) for name in names)
+    freed = sum(inventory.remove(name, **options) for name in names)
     click.echo(f"{size_text(freed)} freed")
 
 
