@@ -381,12 +381,14 @@ def test_a_broken_connection_goes_on_where_it_was(place: Place, hub: Hub):
     name = "model.safetensors-00001-of-00002.safetensors"
     size = (hub.folder / name).stat().st_size
     hub.cuts[name] = [size // 2, size // 4]
-    # What has arrived counts in pieces of this size.
-    place.python(f"""
+    # What has arrived counts in pieces of this size. The client tries again by itself, but old
+    # versions of it leave that to the next call.
+    code = f"""
         from huggingface_hub import constants
         constants.DOWNLOAD_CHUNK_SIZE = 1000
         qdelta.pull({NAME!r})
-    """)
+    """
+    assert any(place.python(code) == "" for _ in range(3))
     assert len(hub.ranges) == 2
     first, second = (int(text.removeprefix("bytes=").removesuffix("-")) for text in hub.ranges)
     assert size // 2 - 1000 <= first <= size // 2
@@ -458,10 +460,11 @@ def test_a_full_disk_while_downloading(place: Place, large: Hub):
     limit = largest(large.folder) - 1
     message = place.command("pull", NAME, status=1, limit=limit).stderr
     assert "File too large" in message and "\n" not in message.strip()
-    assert not keep_files(place, ".incomplete")
-    assert "FileAccessError" in place.python(f"qdelta.load({NAME!r}, offline=True)")
+    message = place.python(f"qdelta.load({NAME!r}, offline=True)")
+    assert message.startswith(("FileAccessError", "FileError"))
     place.command("verify", NAME, status=1)
     place.command("pull", NAME)
+    assert not keep_files(place, ".incomplete")
     assert place.tokens().startswith("none ")
     place.command("verify", NAME)
 
