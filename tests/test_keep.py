@@ -344,6 +344,25 @@ def test_all_parts_of_a_gguf_are_fetched(ggufs: Hub, tmp_path: Path):
     other.command("import", tmp_path / "out")
     found = archive.find_kept("Owner/Tiny-GGUF:BF16", None, other.cache)
     assert found is not None and found.read_bytes() == b"a" * 100
+    for name in ("Owner/Tiny-GGUF", "Owner/Tiny-GGUF:BF16"):
+        assert "3 files, 0 bad" in other.command("verify", name).stderr
+    other.command("rm", "--yes", "Owner/Tiny-GGUF")
+    assert everything(other.cache / "kept") == set()
+
+
+def test_a_part_that_is_missing(ggufs: Hub, tmp_path: Path):
+    there = Place(tmp_path, ggufs.url)
+    path = Path(there.python("print(qdelta.pull('Owner/Tiny-GGUF:BF16'))"))
+    (path.parent / "x-BF16-00002-of-00002.gguf").resolve().unlink()
+    for name in ("Owner/Tiny-GGUF", "Owner/Tiny-GGUF:BF16"):
+        assert "00002-of-00002.gguf: missing" in there.command("verify", name, status=1).stdout
+    (path.parent / "x-BF16-00002-of-00002.gguf").unlink()
+    for name in ("Owner/Tiny-GGUF", "Owner/Tiny-GGUF:BF16"):
+        assert "1 of 2 parts are here" in there.command("verify", name, status=1).stdout
+    message = there.command("export", "Owner/Tiny-GGUF:BF16", "out", "--offline", status=1).stderr
+    assert "1 of its 2 parts" in message
+    there.command("rm", "--yes", "Owner/Tiny-GGUF:BF16")
+    assert not keep_files(there, ".gguf")
 
 
 @pytest.mark.parametrize("offline", [False, True])

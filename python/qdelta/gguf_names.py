@@ -63,8 +63,20 @@ def models(files: Mapping[str, int]) -> list[GgufModel]:
 def choose(files: Mapping[str, int], wanted: str, repo: str) -> GgufModel:
     """The one model among `files` that `wanted` names: a type or a stem, in any case.
 
-    Raises ArgumentError, with a list of what there is, if none or several are meant.
+    Raises ArgumentError, with a list of what there is, if none or several are meant; and if parts
+    are missing.
     """
+    model = find(files, wanted, repo)
+    if not model.whole:
+        raise ArgumentError(
+            f"{repo}: {wanted!r} has {len(model.files)} of its {model.parts} parts, "
+            f"as {model.files[0]}"
+        )
+    return model
+
+
+def find(files: Mapping[str, int], wanted: str, repo: str) -> GgufModel:
+    """The same, whether all parts are there or not."""
     there = models(files)
     asked = wanted.lower()
 
@@ -74,11 +86,6 @@ def choose(files: Mapping[str, int], wanted: str, repo: str) -> GgufModel:
     if len(found) != 1:
         what = "several files are of the type" if found else "no GGUF file of the type"
         raise ArgumentError(f"{repo}: {what} {wanted!r}; {listing(repo, found or there)}")
-    if not found[0].whole:
-        raise ArgumentError(
-            f"{repo}: {wanted!r} has {len(found[0].files)} of its {found[0].parts} parts, "
-            f"as {found[0].files[0]}"
-        )
     return found[0]
 
 

@@ -126,16 +126,18 @@ def files(repo: str, revision: str | None = None) -> dict[str, HubFile]:
 def weights_here(name: str, snapshot: Path | None = None) -> dict[str, int]:
     """The weights of the model `name` in a snapshot of the hub's cache: path in it -> bytes.
 
-    snapshot: None: that of the main branch. Empty if none are there, or not all parts.
+    snapshot: None: that of the main branch. A file whose content is missing has 0 bytes.
     """
     repo, wanted = split_name(name)
     snapshot = snapshot or hub_cache.snapshot(repo)
-    there = hub_cache.files(snapshot) if snapshot else {}
+    there: dict[str, int] = {}
+    if snapshot is not None:
+        there = dict.fromkeys(hub_cache.entries(snapshot), 0) | hub_cache.files(snapshot)
     if wanted is None:
         names = [n for n in there if any(fnmatch.fnmatch(n, p) for p in WEIGHT_FILES)]
     else:
         try:
-            names = list(gguf_names.choose(there, wanted, repo).files)
+            names = list(gguf_names.find(there, wanted, repo).files)
         except ArgumentError:
             names = []
     return {n: there[n] for n in names}

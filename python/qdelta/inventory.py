@@ -88,7 +88,7 @@ def _forms(
     repo: str, snapshot: Path, files: Mapping[str, int]
 ) -> Iterator[tuple[str, str, list[str], Path, str | None]]:
     """The models in a snapshot: name, quant, files, what is to be opened, what is missing."""
-    names = list(hub.weights_here(repo, snapshot))
+    names = [name for name in hub.weights_here(repo, snapshot) if name in files]
     if any(name.endswith(".safetensors") for name in names) and _is_own(snapshot):
         small = [name for name in hub.SMALL_FILES if name in files]
         yield repo, "none", [*names, *small], snapshot, None
@@ -159,7 +159,7 @@ def removals(
     found = []
     if not converted:
         folder = weights.cache_folder(cache)
-        for one in _kept_as(name, folder):
+        for one in kept_as(name, folder):
             place = archive.kept_folder(one, folder)
             found.append(Removal("kept model", place, sum(hub_cache.files(place).values())))
         repo, wanted = hub.split_name(name)
@@ -188,7 +188,7 @@ def remove(name: str, *, converted: bool = False, cache: str | Path | None = Non
     freed = sum(remove_converted(path) for path in converted_from(_path_or_name(name), cache))
     if converted:
         return freed
-    for one in _kept_as(name, weights.cache_folder(cache)):
+    for one in kept_as(name, weights.cache_folder(cache)):
         with kept_place(one, cache) as place:
             freed += archive.remove_kept(one, weights.cache_folder(cache))
         Path(f"{place}.lock").unlink(missing_ok=True)
@@ -201,7 +201,7 @@ def remove(name: str, *, converted: bool = False, cache: str | Path | None = Non
     return freed
 
 
-def _kept_as(name: str, cache: Path) -> list[str]:
+def kept_as(name: str, cache: Path) -> list[str]:
     """The names of kept models that `name` means: itself, and its GGUF types."""
     names = {*archive.kept_names(cache), name}
     there = [one for one in names if one == name or one.startswith(f"{name}:")]

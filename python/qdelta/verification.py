@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import _native, archive, digests, hub, hub_cache, inventory, weights
+from . import _native, archive, digests, gguf_names, hub, hub_cache, inventory, weights
 from .errors import ArgumentError, Error, FileAccessError
 from .progress import step_counter
 
@@ -90,9 +90,11 @@ def _of_name(
 ) -> Iterator[_Task]:
     """All that is here of the model `name`."""
     repo, wanted = hub.split_name(name)
-    kept = archive.kept_folder(name, weights.cache_folder(cache))
-    if revision is None and (manifest := archive.read_manifest(kept)):
-        yield from _of_manifest(kept, manifest)
+    folder = weights.cache_folder(cache)
+    for one in inventory.kept_as(name, folder) if revision is None else ():
+        kept = archive.kept_folder(one, folder)
+        if manifest := archive.read_manifest(kept):
+            yield from _of_manifest(kept, manifest)
     only = None if revision is None else hub_cache.snapshot(repo, revision)
     for snapshot in hub_cache.snapshots(repo):
         if revision is None or snapshot == only:
@@ -118,8 +120,12 @@ def _of_snapshot(
             expected = hashes[name].hash if name in hashes else None
             unknown = "the hub has no such file"
         yield _task(path, against, expected, unknown)
-    if some is None and (snapshot / "config.json").is_file():
+    if some is None:
         yield from _missing_shards(snapshot)
+    for model in gguf_names.models(dict.fromkeys(hub_cache.entries(snapshot), 0)):
+        if not model.whole and (some is None or model.files[0] in some):
+            problem = f"{len(model.files)} of {model.parts} parts are here"
+            yield _fault(snapshot / model.files[0], "its name", problem)
 
 
 def _task(path: Path, against: str, expected: str | None, unknown: str) -> _Task:
