@@ -54,6 +54,10 @@ class Checkpoint:
         """(name, bytes, modification time in ns) of the files; of a converted file, those it
         was made from."""
 
+    def matrices(self) -> list[tuple[str, int, int]]:
+        """(name, rows, columns) of the matrices of the text model and of multi-token prediction,
+        by the names that checkpoints have without the prefix of the text model."""
+
     def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, str]]:
         """(name in the file, dtype or format, shape, bytes, file) of every tensor."""
 
@@ -63,14 +67,29 @@ def convert(
     *,
     quant: str,
     attachments: list[tuple[str, str | bytes]],
+    formats: dict[str, str] | None = None,
+    importance: dict[str, NDArray[np.float32]] | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint | None:
-    """Write `source` as one file in the format `quant`: "w8", "w4", or "gguf" for a GGUF file.
+    """Write `source` as one file by the recipe `quant`: "w8", "w4", "small", "balanced", "best",
+    "custom" (balanced, but for `formats`), or "gguf" for a GGUF file.
 
     out: None: make it in memory, and return it opened. attachments: (name, path or content) of
-    files to carry along. threads: 1 to 1024, or all. progress is called with (bytes done, bytes in
-    all). The file appears under its name only when complete; Ctrl-C leaves nothing.
+    files to carry along. formats: of matrices by name, before those of the recipe: "keep", "w4",
+    "w4_nl", "w4_k", "w5_k", "w6_k", "w8", "w8_planes". importance: how much each column of a matrix
+    matters, by its name; float32 [columns], not negative. threads: 1 to 1024, or all. progress is
+    called with (bytes done, bytes in all). The file appears under its name only when complete;
+    Ctrl-C leaves nothing.
+    """
+
+def losses(
+    source: Checkpoint, formats: list[str], importance: dict[str, NDArray[np.float32]]
+) -> list[tuple[str, str, int, float]]:
+    """(matrix, format, bytes, loss) of each matrix in each format that takes it.
+
+    The loss is the part of the power of the matrix's output that is error, if `importance` is the
+    mean square of its inputs; 1 for matrices that are not there. It is measured on 512 of the rows.
     """
 
 def verify(path: str) -> None:

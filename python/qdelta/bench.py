@@ -345,7 +345,7 @@ def load_synthetic(
     if size not in SIZES:
         raise ArgumentError(f"size is {size!r}, expected one of: {', '.join(SIZES)}")
     if quant == "auto":
-        quant = "w4"
+        quant = "balanced"
     config = SIZES[size]
     model = _native.Model.synthetic(
         json.dumps(config), quant=quant, threads=threads, kv=kv, isa=isa

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import _native, archive, gguf_names, hub, hub_cache, weights
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
 
-_CONVERTED = ("w4", "w8", "gguf")
+_CONVERTED = (*weights.RECIPES, "gguf")
 _OWN_TYPES = ("qwen3_5", "qwen3_5_text")
 
 

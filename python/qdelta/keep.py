@@ -1,7 +1,8 @@
 """Keeping models: fetch them, and carry them to another computer as folders.
 
-What `pull` fetches lies in the hub's cache, as for any program of the hub. With `only="w4"`, and
-after an import, a model is *kept* under its name as a folder that needs nothing else (`archive`).
+What `pull` fetches lies in the hub's cache, as for any program of the hub. With a recipe for
+`only`, and after an import, a model is *kept* under its name as a folder that needs nothing else
+(`archive`).
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ def pull(
     """Fetch a model from the hub, or what is new of it. Returns what `load` opens.
 
     name: as in `load`, "OWNER/NAME", or "OWNER/NAME:TYPE" for a GGUF file. revision: a branch, a
-    tag or a commit; None: the main branch. only: "w4" or "w8" converts the model, keeps the
-    result under its name, and removes the original weights from the hub's cache, whoever fetched
-    them; "gguf:TYPE" fetches the GGUF file of that type, to be loaded as "NAME:TYPE". None: the
-    original, which takes the place of what was kept under its name. cache: folder for converted
-    and kept models.
+    tag or a commit; None: the main branch. only: a recipe, as "balanced", converts the model, keeps
+    the result under its name, and removes the original weights from the hub's cache, whoever
+    fetched them; "gguf:TYPE" fetches the GGUF file of that type, to be loaded as "NAME:TYPE".
+    None: the original, which takes the place of what was kept under its name. cache: folder for
+    converted and kept models.
 
     What was fetched before a call broke off is not fetched again. Raises ArgumentError,
     UnsupportedError, FileError, or FileAccessError.
     """
-    if only in ("w4", "w8"):
+    if only in weights.RECIPES:
         return _pull_converted(name, only, revision, cache, progress)
     name = full_name(name, only)
     path = hub.resolve(name, revision=revision, progress=progress, papers=True)
@@ -46,11 +47,12 @@ def pull(
 
 def full_name(name: str, only: str | None) -> str:
     """The name under which `pull(name, only=only)` is loaded. Raises ArgumentError."""
-    if only in (None, "w4", "w8"):
+    if only in (None, *weights.RECIPES):
         return name
     kind, _, wanted = only.partition(":")
     if kind != "gguf" or not wanted or hub.split_name(name)[1] is not None:
-        raise ArgumentError(f"only is {only!r}, expected w4, w8 or gguf:TYPE, as gguf:Q4_K_M")
+        names = ", ".join(weights.RECIPES)
+        raise ArgumentError(f"only is {only!r}, expected {names} or gguf:TYPE, as gguf:Q4_K_M")
     return f"{name}:{wanted}"
 
 
@@ -105,7 +107,7 @@ def export(
 ) -> Path:
     """Write a model with all that belongs to it to a new folder. Returns the folder.
 
-    model, revision, offline, cache: as in `load`. quant: "w4" or "w8" for the converted model;
+    model, revision, offline, cache: as in `load`. quant: a recipe for the converted model;
     None: the weights as they are. `load` takes the folder as a model. The folder appears when it
     is whole. Raises ArgumentError if something is at its place, FileError, FileAccessError or
     UnsupportedError.

@@ -54,10 +54,11 @@ def load(
     model: a name on the hub, a checkpoint folder, a GGUF file, a converted file, or "demo", the
     toy that travels with the package; a folder that `export` made means the model in it.
     revision: a branch, a tag or a commit of a name on the hub; None: the main branch.
-    quant: "w8" and "w4" convert the model once and keep the result; "none" computes with the
+    quant: the recipe by which the model is converted once, the result being kept: "balanced"
+    (about 5 bits a weight), "small", "best", or plain "w4" and "w8"; "none" computes with the
     file's own weights where they lie. A quantised GGUF file keeps its numbers: "gguf" puts them
     once into the order that is fastest to read, "none" makes no copy and is slower. "auto" is what
-    a converted file already is, "none" for toys, "gguf" for quantised GGUF files, and else "w4".
+    a converted file already is, "none" for toys, "gguf" for quantised GGUF files, else "balanced".
     ctx: tokens that a session can hold; None: as many as the model was made for. Memory is
     taken as it fills.
     yarn: factor by which YaRN extends the context, as 4.0 for a million tokens of a 4B or 9B; it
@@ -110,9 +111,7 @@ def _load(
     started = time.perf_counter()
     _check_count("ctx", ctx)
     _check_count("threads", threads)
-    path = locate(
-        model, revision=revision, offline=offline, cache=cache or None, progress=progress
-    )
+    path = locate(model, revision=revision, offline=offline, cache=cache or None, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)
     native = _native.Model(

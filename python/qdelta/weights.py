@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
@@ -22,7 +22,12 @@ from .hub import SMALL_FILES
 from .progress import byte_bar
 from .source import tokenizer_files
 
-QUANTS = ("auto", "none", "w8", "w4", "gguf")
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+RECIPES = ("balanced", "small", "best", "w8", "w4")
+QUANTS = ("auto", "none", *RECIPES, "gguf")
 
 # Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
 SMALL_BYTES = 64 << 20
@@ -39,8 +44,8 @@ def open_model(
 ) -> _native.Checkpoint:
     """Open a checkpoint folder, GGUF file or converted file, in the format `quant`.
 
-    quant: "none", "w8", "w4", "gguf"; "auto" is what a converted or quantised GGUF file already is,
-    the file's own weights for models under 64 MB, and w4 otherwise. cache: folder for converted
+    quant: one of QUANTS; "auto" is what a converted or quantised GGUF file already is, the file's
+    own weights for models under 64 MB, and balanced otherwise. cache: folder for converted
     files; False: convert into memory, each time. progress: show a bar while converting; None: on a
     terminal. threads: for the conversion; None: all.
 
@@ -57,11 +62,12 @@ def open_model(
             )
         return source
     if quant == "auto":
-        quant = _automatic(source)
+        size = sum(size for _, _, _, size, _ in source.tensors())
+        quant = "none" if size < SMALL_BYTES else automatic(source)
     if quant == "none":
         return source
     if cache is False:
-        return _convert(source, path, None, quant, progress, threads)
+        return _convert(source, path, None, progress, quant=quant, threads=threads)
     out = converted_path(path, quant, cache)
     # Without the lock, so that a cache that may only be read serves: files appear whole.
     fresh = open_if_fresh(out, source)
@@ -73,7 +79,7 @@ def open_model(
             return fresh
         with _cache_errors(out):
             out.unlink(missing_ok=True)  # stale, or damaged beyond recognition
-        return _convert(source, path, os.fspath(out), quant, progress, threads)
+        return _convert(source, path, os.fspath(out), progress, quant=quant, threads=threads)
 
 
 def convert(
@@ -82,23 +88,34 @@ def convert(
     out: str | Path,
     *,
     quant: str,
+    formats: dict[str, str] | None = None,
+    importance: dict[str, NDArray[np.float32]] | None = None,
     progress: bool | None = None,
     threads: int | None = None,
 ) -> None:
-    """Write `source`, which was opened from `path`, to the file `out` in the format `quant`.
+    """Write `source`, which was opened from `path`, to the file `out` by the recipe `quant`.
 
-    The files of the tokenizer and the template travel along, so that it is a whole model.
+    formats, importance: see `_native.convert`. The files of the tokenizer and the template travel
+    along, so that it is a whole model.
     """
-    _convert(source, path, os.fspath(out), quant, progress, threads)
+    _convert(
+        source,
+        path,
+        os.fspath(out),
+        progress,
+        quant=quant,
+        formats=formats,
+        importance=importance,
+        threads=threads,
+    )
 
 
 def _convert(
     source: _native.Checkpoint,
     path: str | Path,
     out: str | None,
-    quant: str,
     progress: bool | None,
-    threads: int | None,
+    **how: Any,
 ) -> _native.Checkpoint:
     """Convert to the file `out`, or into memory if it is None; returns what was converted."""
     path = Path(path)
@@ -108,24 +125,15 @@ def _convert(
         attachments = [(name, os.fspath(path / name)) for name in files]
     else:
         attachments = list(tokenizer_files(path, source).items())
-    with byte_bar(f"Converting {path.resolve().name} to {quant}", progress) as report:
-        converted = _native.convert(
-            source,
-            out,
-            quant=quant,
-            attachments=attachments,
-            threads=threads,
-            progress=report,
-        )
+    with byte_bar(f"Converting {path.resolve().name} to {how['quant']}", progress) as report:
+        converted = _native.convert(source, out, attachments=attachments, progress=report, **how)
     return converted or _native.Checkpoint(out or "")
 
 
-def _automatic(source: _native.Checkpoint) -> str:
-    """What "auto" stands for."""
-    tensors = source.tensors()
-    if sum(size for _, _, _, size, _ in tensors) < SMALL_BYTES:
-        return "none"
-    return "gguf" if any(dtype not in _FLOATS for _, dtype, _, _, _ in tensors) else "w4"
+def automatic(source: _native.Checkpoint) -> str:
+    """The recipe that a checkpoint is converted by if nobody says."""
+    quantised = any(dtype not in _FLOATS for _, dtype, _, _, _ in source.tensors())
+    return "gguf" if quantised else "balanced"
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:

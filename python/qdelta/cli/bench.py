@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .common import QUANTS
+
 if TYPE_CHECKING:
     from ..bench import Row
     from ..progress import StepBar
@@ -77,9 +79,7 @@ def counts(text: str) -> list[int]:
     default="md",
     show_default=True,
 )
-@click.option(
-    "--quant", type=click.Choice(["auto", "none", "w8", "w4"]), default="auto", show_default=True
-)
+@click.option("--quant", type=click.Choice(QUANTS), default="auto", show_default=True)
 @click.option("--kv", type=click.Choice(["auto", "f16", "f32", "q8"]), default="auto")
 @click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
 @click.option("--limits", is_flag=True, help="Set results against what the machine could do.")

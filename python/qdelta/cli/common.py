@@ -13,6 +13,10 @@ from ..errors import FileError
 if TYPE_CHECKING:
     from rich.console import Console
 
+# As in `qdelta.weights`, which takes long to import.
+RECIPES = ("balanced", "small", "best", "w8", "w4")
+QUANTS = ("auto", "none", *RECIPES, "gguf")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 yarn_option = click.option(
@@ -31,10 +35,11 @@ _LOADING = (
     revision_option,
     click.option(
         "--quant",
-        type=click.Choice(["auto", "none", "w8", "w4"]),
+        type=click.Choice(QUANTS),
         default="auto",
         show_default=True,
-        help="Weights: 4 or 8 bits (converted once and kept), or as the files have them.",
+        help="Recipe by which the weights are converted, once; none: as the files have them; gguf: "
+        "those of a GGUF file in another order. auto: balanced, gguf for quantised GGUF files.",
     ),
     click.option("--ctx", type=click.IntRange(min=1), help="Tokens a conversation can hold."),
     yarn_option,

@@ -29,33 +29,87 @@ T = TypeVar("T")
 @click.argument("model_name", metavar="MODEL")
 @click.option(
     "--quant",
-    type=click.Choice(["w4", "w8"]),
-    default="w4",
+    "--recipe",
+    "recipe",
+    default="auto",
     show_default=True,
-    help="Bits of a weight: about 4.5 or 8.5.",
+    metavar="RECIPE",
+    help="balanced, small, best, w4 or w8, or a file that names formats; auto is balanced, or a "
+    "GGUF file's own numbers.",
+)
+@click.option(
+    "--calibrate",
+    type=click.File("rb"),
+    metavar="TEXT",
+    help="Round so that the outputs for this text change least. Reads the model once over it.",
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
 @click.option(
     "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all processors."
 )
 @click.option("--offline", is_flag=True, help="Touch no network.")
-def convert(model_name: str, quant: str, out: str, threads: int | None, offline: bool) -> None:
-    """Convert a checkpoint to one file that loads at once and needs nothing else.
+def convert(
+    model_name: str,
+    recipe: str,
+    calibrate: Any,
+    out: str,
+    threads: int | None,
+    offline: bool,
+) -> None:
+    """Convert a checkpoint or a GGUF file to one file that loads at once and needs nothing else.
 
     The tokenizer and the chat template travel inside. Commands and `qdelta.load` take the file
-    as a MODEL.
+    as a MODEL. Recipes: balanced has 4 to 6 bits a weight, by what each part adds to the error;
+    small at most 5, best 6 to 8; w4 and w8 have 4 and 8 wherever they can. A quantised GGUF file
+    keeps its numbers.
+
+    A recipe file has lines of a pattern and a format, of which the first that matches a matrix
+    counts; the rest is as in balanced:
 
     \b
-      qdelta convert Qwen/Qwen3.5-4B -o qwen3.5-4b.w4.safetensors
-      qdelta convert ./Qwen3.5-9B --quant w8 -o qwen3.5-9b.w8.safetensors
+      embed_tokens        w6_k
+      layers.0.*          w6_k|w8
+      *.mlp.down_proj     w5_k
+
+    \b
+      qdelta convert Qwen/Qwen3.5-4B -o qwen3.5-4b.safetensors
+      qdelta convert ./Qwen3.5-9B --recipe w8 -o qwen3.5-9b.w8.safetensors
+      qdelta convert Qwen/Qwen3.5-4B --recipe mine.txt --calibrate book.txt -o mine.safetensors
+      qdelta convert qwen3.5-4b-Q4_K_M.gguf -o qwen3.5-4b.safetensors
     """
-    from .. import _native, weights
+    from .. import _native, recipes, weights
     from ..source import locate
 
     path = locate(model_name, offline=offline, cache=None, progress=None)
     source = _native.Checkpoint(str(path))
-    weights.convert(source, path, out, quant=quant, threads=threads)
+    formats = None
+    if recipe == "auto":
+        quant = weights.automatic(source)
+    elif recipe in (*weights.RECIPES, "gguf"):
+        quant = recipe
+    else:
+        quant, formats = "custom", recipes.formats(recipes.read(recipe), source)
+    importance = None if calibrate is None else _importance(source, path, calibrate, threads)
+    weights.convert(
+        source, path, out, quant=quant, formats=formats, importance=importance, threads=threads
+    )
     click.echo(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB", err=True)
+
+
+def _importance(source: Any, path: Path, file: Any, threads: int | None) -> dict[str, Any]:
+    """Importance of the columns of each matrix over a text."""
+    import numpy as np
+
+    from .. import _native, calibration
+    from ..source import tokenizer_files
+    from ..tokenizer import Tokenizer
+
+    text = read_text(file, "standard input" if file.name in ("-", "<stdin>") else file.name)
+    tokens = Tokenizer.from_files(tokenizer_files(path, source)).encode(text)
+    model = _native.Model(source, threads=threads)
+    return _reading(
+        lambda report: calibration.importance(source, model, np.array(tokens, np.int32), report)
+    )
 
 
 @click.command()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import revision_option, size_text, table_console
+from .common import RECIPES, revision_option, size_text, table_console
 
 if TYPE_CHECKING:
     from ..inventory import Held
@@ -29,14 +29,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="For programs
 @click.option(
     "--only",
     metavar="FORM",
-    help="w4 or w8: convert, keep only the result. gguf:TYPE: only this file, as gguf:Q4_K_M.",
+    help="balanced, small, best, w4 or w8: convert, keep only the result. gguf:TYPE: only this "
+    "file, as gguf:Q4_K_M.",
 )
 @yes_option
 @cache_option
 def pull(name: str, revision: str | None, only: str | None, yes: bool, cache: str | None) -> None:
     """Fetch a model from the Hugging Face Hub, or what is new of it.
 
-    With --only w4 or --only w8 the model is converted, the result is kept under its name, and the
+    With --only and a recipe the model is converted, the result is kept under its name, and the
     original weights are removed from the hub's cache: nothing but the converted model stays. Until
     then both need room. `load`, `chat` and all others then use it by its name, without network and
     without looking for news; another `pull` fetches them. A `pull` without --only fetches the
@@ -47,12 +48,12 @@ def pull(name: str, revision: str | None, only: str | None, yes: bool, cache: st
 
     \b
       qdelta pull Qwen/Qwen3.5-4B
-      qdelta pull Qwen/Qwen3.5-4B --only w4
+      qdelta pull Qwen/Qwen3.5-4B --only balanced
       qdelta pull unsloth/Qwen3.5-4B-GGUF --only gguf:Q4_K_M
     """
     from .. import hub, keep
 
-    if only in ("w4", "w8") and not yes:
+    if only in RECIPES and not yes:
         before = sum(hub.weights_here(name).values())
         if before:
             click.confirm(
@@ -175,7 +176,7 @@ def verify(
 @click.command()
 @click.argument("model_name", metavar="MODEL")
 @click.argument("folder", type=click.Path(file_okay=False))
-@click.option("--quant", type=click.Choice(["w4", "w8"]), help="Converted; default: as it is.")
+@click.option("--quant", type=click.Choice(RECIPES), help="Converted; default: as it is.")
 @revision_option
 @click.option("--offline", is_flag=True, help="Touch no network.")
 @cache_option
@@ -195,7 +196,7 @@ def export(
     of it is what was sent.
 
     \b
-      qdelta export Qwen/Qwen3.5-4B /media/stick/qwen3.5-4b --quant w4
+      qdelta export Qwen/Qwen3.5-4B /media/stick/qwen3.5-4b --quant balanced
       qdelta export unsloth/Qwen3.5-4B-GGUF:Q4_K_M ./qwen-gguf
     """
     from .. import keep

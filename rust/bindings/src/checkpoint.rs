@@ -37,6 +37,11 @@ impl Checkpoint {
         self.inner.quant.to_string()
     }
 
+    fn matrices(&self) -> Vec<(String, usize, usize)> {
+        let specs = self.inner.matrices();
+        specs.map(|spec| (spec.name.clone(), spec.shape[0], spec.shape[1])).collect()
+    }
+
     #[getter]
     fn convention(&self) -> &str {
         self.inner.convention.name()

@@ -12,7 +12,7 @@ use crate::files::mmap::Mapping;
 use crate::files::{Convention, file_name, stat};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::recipe::{self, Storage};
-use crate::model::tensors::{Role, TensorSpec};
+use crate::model::tensors::TensorSpec;
 use crate::quant::reorder::reorder_panel_to;
 use crate::quant::{Format, PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
 use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor, widen};
@@ -190,12 +190,11 @@ impl<'a> Job<'a> {
     /// An error if something is said of a matrix that is not there, or does not fit it.
     fn check_names(&self) -> Result<()> {
         let specs: HashMap<&str, &TensorSpec> =
-            self.source.specs().iter().map(|spec| (spec.name.as_str(), spec)).collect();
+            self.source.matrices().map(|spec| (spec.name.as_str(), spec)).collect();
         let find = |name: &String| {
-            let spec = specs.get(name.as_str()).copied();
-            spec.filter(|spec| spec.shape.len() == 2 && spec.role != Role::Vision).ok_or_else(
-                || Error::Argument(format!("`{name}`: no matrix of this model has this name")),
-            )
+            specs.get(name.as_str()).copied().ok_or_else(|| {
+                Error::Argument(format!("`{name}`: no matrix of this model has this name"))
+            })
         };
         self.chosen.keys().try_for_each(|name| find(name).map(drop))?;
         for (name, importance) in &self.importance {

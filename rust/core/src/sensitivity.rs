@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::recipe::Storage;
-use crate::model::tensors::{Role, TensorSpec};
+use crate::model::tensors::TensorSpec;
 use crate::quant::{Format, PANEL_ROWS, decode_row, encode_panel};
 use crate::tensor::{Tensor, widen};
 use rayon::prelude::*;
@@ -33,10 +33,8 @@ pub fn losses(
     importance: &HashMap<String, Vec<f32>>,
 ) -> Result<Vec<Loss>> {
     let mut jobs = Vec::new();
-    for spec in source.specs() {
-        let matrix = spec.shape.len() == 2 && !matches!(spec.role, Role::Vision | Role::Small);
-        let Some(tensor) = source.tensor(&spec.name).filter(|t| matrix && t.dtype.is_float())
-        else {
+    for spec in source.matrices() {
+        let Some(tensor) = source.tensor(&spec.name).filter(|t| t.dtype.is_float()) else {
             continue;
         };
         let cols = spec.shape[1];

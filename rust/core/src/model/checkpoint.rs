@@ -201,6 +201,13 @@ impl Checkpoint {
         &self.specs
     }
 
+    /// Those of them that are matrices of the text model or of multi-token prediction.
+    pub fn matrices(&self) -> impl Iterator<Item = &TensorSpec> {
+        self.specs.iter().filter(|spec| {
+            spec.shape.len() == 2 && !matches!(spec.role, Role::Vision | Role::Small)
+        })
+    }
+
     pub fn has_mtp(&self) -> bool {
         self.specs.iter().any(|spec| spec.name.starts_with("mtp."))
     }
