@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, as the files that checkpoints have.
+"""The tokenizer inside a GGUF file, read as the files that checkpoints have, and written.
 
 The metadata holds tokens with their types and merges, which become vocab.json, merges.txt and the
 added tokens of tokenizer_config.json. That the tokenizer composes characters (NFC) is not written
@@ -8,10 +8,13 @@ there; it does.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import vocabulary
 from .errors import FileError, UnsupportedError
+
+TYPES = ("BF16", "Q8_0", "Q4_0", "F16", "F32")
 
 # Types of tokens; 2 (unknown) and 6 (byte) do not occur.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -106,3 +109,50 @@ def _generation_config(get: Callable[[str], Any], tokens: list[str]) -> dict[str
         if value is not None:
             config[name] = value
     return config
+
+
+def metadata(files: Mapping[str, bytes], *, name: str, vocab_size: int) -> list[tuple[str, Any]]:
+    """Metadata of a GGUF file beside that of the architecture.
+
+    files: contents by name of the tokenizer's files; name: of the model; vocab_size: rows of the
+    embedding, of which those without a token are called [PADn]. Raises FileError or
+    UnsupportedError.
+    """
+    found = vocabulary.build(files)
+    tokens = [f"[PAD{id}]" for id in range(vocab_size)]
+    types = [_UNUSED] * vocab_size
+    for text, id in found.bpe.get_vocab(with_added_tokens=False).items():
+        tokens[id], types[id] = text, _NORMAL
+    for id, token in found.added.items():
+        tokens[id], types[id] = token.text, _CONTROL if token.special else _USER_DEFINED
+    entries: list[tuple[str, Any]] = [
+        ("general.type", "model"),
+        ("general.name", name),
+        ("general.license", "apache-2.0"),
+        ("tokenizer.ggml.model", "gpt2"),
+        ("tokenizer.ggml.pre", _PRE_TOKENIZERS[0]),
+        ("tokenizer.ggml.tokens", tokens),
+        ("tokenizer.ggml.token_type", types),
+        ("tokenizer.ggml.merges", _merges(found)),
+        ("tokenizer.ggml.add_bos_token", False),
+    ]
+    ids = {text: id for id, text in enumerate(tokens)}
+    for key, token_name in (("eos", "eos_token"), ("padding", "pad_token")):
+        named = found.named_tokens.get(token_name)
+        if named in ids:
+            entries.append((f"tokenizer.ggml.{key}_token_id", ids[named]))
+    if found.chat_template is not None:
+        entries.append(("tokenizer.chat_template", found.chat_template))
+    stated = vocabulary.parse_json(files, "generation_config.json")
+    for key, wanted in _SAMPLING.items():
+        value = stated.get(wanted)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = int(value) if key == "top_k" else float(value)
+            entries.append((f"general.sampling.{key}", number))
+    return entries
+
+
+def _merges(found: vocabulary.Vocabulary) -> list[str]:
+    """Merges in the order of their rank, "left right" each."""
+    merges = json.loads(found.bpe.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import _native
+from . import _native, gguf
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
 from .hub import SMALL_FILES
 from .progress import byte_bar
@@ -128,6 +129,28 @@ def _convert(
     with byte_bar(f"Converting {path.resolve().name} to {how['quant']}", progress) as report:
         converted = _native.convert(source, out, attachments=attachments, progress=report, **how)
     return converted or _native.Checkpoint(out or "")
+
+
+def convert_to_gguf(
+    source: _native.Checkpoint,
+    path: str | Path,
+    out: str | Path,
+    *,
+    dtype: str,
+    progress: bool | None = None,
+) -> None:
+    """Write `source`, which was opened from `path`, as the GGUF file `out`.
+
+    dtype: one of `gguf.TYPES`. Raises ArgumentError if `out` exists, UnsupportedError for weights
+    that are quantised already, FileError or FileAccessError.
+    """
+    path = Path(path)
+    called = path.resolve().name.removesuffix(".gguf")
+    text = json.loads(source.config_json)
+    vocab_size = text.get("text_config", text)["vocab_size"]
+    metadata = gguf.metadata(tokenizer_files(path, source), name=called, vocab_size=vocab_size)
+    with byte_bar(f"Writing {called} as {dtype}", progress) as report:
+        _native.export_gguf(source, os.fspath(out), dtype=dtype, metadata=metadata, progress=report)
 
 
 def automatic(source: _native.Checkpoint) -> str:

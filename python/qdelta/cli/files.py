@@ -43,6 +43,19 @@ T = TypeVar("T")
     metavar="TEXT",
     help="Round so that the outputs for this text change least. Reads the model once over it.",
 )
+@click.option(
+    "--to",
+    type=click.Choice(["qdelta", "gguf"]),
+    default="qdelta",
+    show_default=True,
+    help="gguf: a file that llama.cpp reads.",
+)
+@click.option(
+    "--type",
+    "gguf_type",
+    type=click.Choice(["BF16", "Q8_0", "Q4_0", "F16", "F32"], case_sensitive=False),
+    help="Type of the matrices in a GGUF file; default: Q8_0.",
+)
 @click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
 @click.option(
     "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all processors."
@@ -52,6 +65,8 @@ def convert(
     model_name: str,
     recipe: str,
     calibrate: Any,
+    to: str,
+    gguf_type: str | None,
     out: str,
     threads: int | None,
     offline: bool,
@@ -76,12 +91,21 @@ def convert(
       qdelta convert ./Qwen3.5-9B --recipe w8 -o qwen3.5-9b.w8.safetensors
       qdelta convert Qwen/Qwen3.5-4B --recipe mine.txt --calibrate book.txt -o mine.safetensors
       qdelta convert qwen3.5-4b-Q4_K_M.gguf -o qwen3.5-4b.safetensors
+      qdelta convert Qwen/Qwen3.5-4B --to gguf --type Q8_0 -o qwen3.5-4b-Q8_0.gguf
     """
     from .. import _native, recipes, weights
     from ..source import locate
 
     path = locate(model_name, offline=offline, cache=None, progress=None)
     source = _native.Checkpoint(str(path))
+    if to == "gguf":
+        if recipe != "auto" or calibrate is not None:
+            raise click.UsageError("--recipe and --calibrate are not for --to gguf, --type is")
+        weights.convert_to_gguf(source, path, out, dtype=gguf_type or "Q8_0")
+        click.echo(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB", err=True)
+        return
+    if gguf_type is not None:
+        raise click.UsageError("--type is for --to gguf")
     formats = None
     if recipe == "auto":
         quant = weights.automatic(source)

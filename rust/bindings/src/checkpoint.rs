@@ -2,12 +2,14 @@
 
 use crate::error::{detached, exception};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList};
+use pyo3::types::{PyBool, PyBytes, PyInt, PyList};
 use qdelta_core::files::gguf::Value;
+use qdelta_core::files::gguf_write::Entry;
 use qdelta_core::model::checkpoint;
 use qdelta_core::model::recipe::Storage;
-use qdelta_core::quant::Format;
-use qdelta_core::{Error, convert as core_convert, sensitivity};
+use qdelta_core::quant::{BlockType, Format};
+use qdelta_core::tensor::Dtype;
+use qdelta_core::{Error, convert as core_convert, export, sensitivity};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -94,6 +96,82 @@ fn python_value(py: Python<'_>, value: Value) -> PyResult<Bound<'_, PyAny>> {
     })
 }
 
+/// Runs work without the GIL that reports its progress; an exception of `progress`, or Ctrl-C,
+/// interrupts it and is returned beside the result.
+fn reporting<T: Send>(
+    py: Python<'_>,
+    progress: Option<Py<PyAny>>,
+    work: impl Send + FnOnce(&mut core_convert::Progress) -> qdelta_core::Result<T>,
+) -> (qdelta_core::Result<T>, Option<PyErr>) {
+    // Python is asked this often whether to stop, and told how far the work is.
+    const INTERVAL: Duration = Duration::from_millis(50);
+    let mut last = Instant::now();
+    let mut raised = None;
+    let mut report = |done: u64, total: u64| {
+        if last.elapsed() < INTERVAL && done < total {
+            return true;
+        }
+        last = Instant::now();
+        let result = Python::attach(|py| {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |p| p.call1(py, (done, total)).map(drop))
+        });
+        raised = result.err();
+        raised.is_none()
+    };
+    let result = py.detach(|| work(&mut report));
+    (result, raised)
+}
+
+/// Writes a GGUF file.
+#[pyfunction]
+#[pyo3(signature = (source, out, *, dtype, metadata, progress=None))]
+pub fn export_gguf(
+    py: Python<'_>,
+    source: &Checkpoint,
+    out: PathBuf,
+    dtype: &str,
+    metadata: Vec<(String, Bound<'_, PyAny>)>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<()> {
+    let known = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+    let blocks = BlockType::ALL.map(Dtype::Blocks);
+    let dtype = known.into_iter().chain(blocks).find(|d| d.name() == dtype).ok_or_else(|| {
+        exception(py, Error::Argument(format!("type `{dtype}`, expected one as BF16 or Q8_0")))
+    })?;
+    let entries = metadata
+        .into_iter()
+        .map(|(key, value)| Ok((key, entry(&value)?)))
+        .collect::<PyResult<Vec<_>>>()?;
+    let source = &source.inner;
+    let (result, raised) =
+        reporting(py, progress, |report| export::to_gguf(source, dtype, entries, &out, report));
+    match (result, raised) {
+        (Err(Error::Interrupted), Some(raised)) => Err(raised),
+        (result, _) => result.map_err(|error| exception(py, error)),
+    }
+}
+
+/// A value of GGUF metadata: int as u32, float as f32, bool, str, list of int as i32, list of str.
+fn entry(value: &Bound<'_, PyAny>) -> PyResult<Entry> {
+    if value.is_instance_of::<PyBool>() {
+        return Ok(Entry::Bool(value.extract()?));
+    }
+    if value.is_instance_of::<PyList>() {
+        return match value.extract::<Vec<i32>>() {
+            Ok(values) => Ok(Entry::I32s(values)),
+            Err(_) => Ok(Entry::Texts(value.extract()?)),
+        };
+    }
+    if value.is_instance_of::<PyInt>() {
+        return Ok(Entry::U32(value.extract()?));
+    }
+    match value.extract::<f32>() {
+        Ok(x) => Ok(Entry::F32(x)),
+        Err(_) => Ok(Entry::Text(value.extract()?)),
+    }
+}
+
 /// A file that travels along in a converted one: a path, or its content.
 #[derive(FromPyObject)]
 pub enum Attachment {
@@ -128,33 +206,17 @@ pub fn convert(
             (name, attachment)
         })
         .collect();
-    // Python is asked this often whether to stop, and told how far the work is.
-    const INTERVAL: Duration = Duration::from_millis(50);
-    let mut last = Instant::now();
-    let mut raised = None;
-    let mut report = |done: u64, total: u64| {
-        if last.elapsed() < INTERVAL && done < total {
-            return true;
-        }
-        last = Instant::now();
-        let result = Python::attach(|py| {
-            py.check_signals()?;
-            progress.as_ref().map_or(Ok(()), |p| p.call1(py, (done, total)).map(drop))
-        });
-        raised = result.err();
-        raised.is_none()
-    };
-    let result = py.detach(|| {
+    let (result, raised) = reporting(py, progress, |report| {
         let attachments = &attachments;
         let importance = importance.unwrap_or_default();
         let source = &source.inner;
         let job = core_convert::Job { source, quant, chosen, importance, attachments, threads };
         let Some(out) = out else {
-            let bytes = job.to_memory(&mut report)?;
+            let bytes = job.to_memory(report)?;
             let name = source.name().to_owned();
             return checkpoint::Checkpoint::open_converted(bytes, name).map(Some);
         };
-        job.to_file(&out, &mut report).map(|()| None)
+        job.to_file(&out, report).map(|()| None)
     });
     match (result, raised) {
         (Err(Error::Interrupted), Some(raised)) => Err(raised),

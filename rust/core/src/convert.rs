@@ -339,7 +339,7 @@ fn check_replaceable(out: &Path) -> Result<()> {
 }
 
 /// Where the bytes go.
-trait Sink {
+pub(crate) trait Sink {
     /// Makes room for all bytes that will come.
     fn reserve(&mut self, bytes: usize) -> Result<()>;
     fn write(&mut self, bytes: &[u8]) -> Result<()>;
@@ -347,9 +347,9 @@ trait Sink {
     fn finish(&mut self, at: usize, patch: &[u8]) -> Result<()>;
 }
 
-struct FileSink {
-    file: File,
-    path: PathBuf,
+pub(crate) struct FileSink {
+    pub file: File,
+    pub path: PathBuf,
 }
 
 impl Sink for FileSink {
@@ -460,13 +460,13 @@ impl<S: Sink> Writer<'_, '_, S> {
 }
 
 /// A file beside its final place, removed unless it was renamed.
-struct Temporary {
+pub(crate) struct Temporary {
     path: PathBuf,
     done: bool,
 }
 
 impl Temporary {
-    fn create(out: &Path) -> Result<(File, Temporary)> {
+    pub fn create(out: &Path) -> Result<(File, Temporary)> {
         let name = file_name(out);
         for i in 0.. {
             let path = out.with_file_name(format!(".{name}.{}-{i}.part", std::process::id()));
@@ -479,7 +479,11 @@ impl Temporary {
         unreachable!("the loop returns")
     }
 
-    fn rename(mut self, out: &Path) -> Result<()> {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn rename(mut self, out: &Path) -> Result<()> {
         fs::rename(&self.path, out).map_err(|e| Error::io(out, e))?;
         self.done = true;
         // The new name is on the disk when its folder is. Not every system can open a folder.

@@ -5,6 +5,7 @@
 pub mod bench;
 pub mod convert;
 pub mod error;
+pub mod export;
 pub mod files;
 pub mod kernels;
 pub mod layers;

@@ -6,6 +6,7 @@
 pub mod container;
 pub mod folder;
 pub mod gguf;
+pub mod gguf_write;
 pub mod mmap;
 pub mod safetensors;
 

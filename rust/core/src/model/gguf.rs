@@ -115,10 +115,8 @@ pub fn tensors(gguf: &Gguf, layers: usize) -> Result<Vec<FileTensor>> {
 
 /// The name of a tensor in a checkpoint without the prefix of the text model.
 fn canonical_name(name: &str, layers: usize) -> Option<String> {
-    for (gguf, canonical) in
-        [("token_embd.", "embed_tokens."), ("output_norm.", "norm."), ("output.", "lm_head.")]
-    {
-        if let Some(rest) = name.strip_prefix(gguf) {
+    for (gguf, canonical) in WHOLE {
+        if let Some(rest) = name.strip_prefix(gguf).filter(|rest| rest.starts_with('.')) {
             return Some(format!("{canonical}{rest}"));
         }
     }
@@ -126,13 +124,7 @@ fn canonical_name(name: &str, layers: usize) -> Option<String> {
     let layer: usize = layer.parse().ok()?;
     if let Some(rest) = rest.strip_prefix("nextn.") {
         let (stem, end) = rest.split_once('.')?;
-        let stem = match stem {
-            "eh_proj" => "fc",
-            "enorm" => "pre_fc_norm_embedding",
-            "hnorm" => "pre_fc_norm_hidden",
-            "shared_head_norm" => "norm",
-            _ => return None,
-        };
+        let (_, stem) = NEXTN.iter().find(|(gguf, _)| *gguf == stem)?;
         return Some(format!("mtp.{stem}.{end}"));
     }
     let prefix = match layer.checked_sub(layers) {
@@ -148,29 +140,68 @@ fn canonical_name(name: &str, layers: usize) -> Option<String> {
     Some(format!("{prefix}.{name}"))
 }
 
+/// Names of a layer's tensors in GGUF files, and in checkpoints.
+const STEMS: [(&str, &str); 18] = [
+    ("attn_norm", "input_layernorm"),
+    // What comes before the MLP, in spite of its name.
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("attn_qkv", "linear_attn.in_proj_qkv"),
+    ("attn_gate", "linear_attn.in_proj_z"),
+    ("ssm_beta", "linear_attn.in_proj_b"),
+    ("ssm_alpha", "linear_attn.in_proj_a"),
+    ("ssm_conv1d", "linear_attn.conv1d"),
+    ("ssm_norm", "linear_attn.norm"),
+    ("ssm_out", "linear_attn.out_proj"),
+];
+/// Those of multi-token prediction beside its layer.
+const NEXTN: [(&str, &str); 4] = [
+    ("eh_proj", "fc"),
+    ("enorm", "pre_fc_norm_embedding"),
+    ("hnorm", "pre_fc_norm_hidden"),
+    ("shared_head_norm", "norm"),
+];
+const WHOLE: [(&str, &str); 3] =
+    [("token_embd", "embed_tokens"), ("output_norm", "norm"), ("output", "lm_head")];
+
 fn canonical_stem(stem: &str) -> Option<&'static str> {
-    Some(match stem {
-        "attn_norm" => "input_layernorm",
-        // What comes before the MLP, in spite of its name.
-        "post_attention_norm" => "post_attention_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "attn_qkv" => "linear_attn.in_proj_qkv",
-        "attn_gate" => "linear_attn.in_proj_z",
-        "ssm_beta" => "linear_attn.in_proj_b",
-        "ssm_alpha" => "linear_attn.in_proj_a",
-        "ssm_conv1d" => "linear_attn.conv1d",
-        "ssm_norm" => "linear_attn.norm",
-        "ssm_out" => "linear_attn.out_proj",
-        _ => return None,
-    })
+    STEMS.iter().find(|(gguf, _)| *gguf == stem).map(|(_, canonical)| *canonical)
+}
+
+/// The name in a GGUF file of a tensor of the text model or of multi-token prediction.
+pub fn gguf_name(canonical: &str, layers: usize) -> String {
+    let find = |table: &[(&'static str, &str)], stem: &str| {
+        table.iter().find(|(_, canonical)| *canonical == stem).map(|(gguf, _)| *gguf)
+    };
+    let stem = canonical.strip_suffix(".weight").unwrap_or(canonical);
+    let name = || {
+        if let Some(name) = find(&WHOLE, stem) {
+            return Some(format!("{name}.weight"));
+        }
+        let (first, rest) = match stem.strip_prefix("mtp.") {
+            Some(rest) => match find(&NEXTN, rest) {
+                Some(name) => return Some(format!("blk.{layers}.nextn.{name}.weight")),
+                None => (layers, rest),
+            },
+            None => (0, stem),
+        };
+        let (layer, part) = rest.strip_prefix("layers.")?.split_once('.')?;
+        let layer = first + layer.parse::<usize>().ok()?;
+        Some(match part {
+            "linear_attn.A_log" => format!("blk.{layer}.ssm_a"),
+            "linear_attn.dt_bias" => format!("blk.{layer}.ssm_dt.bias"),
+            part => format!("blk.{layer}.{}.weight", find(&STEMS, part)?),
+        })
+    };
+    name().unwrap_or_else(|| canonical.to_owned())
 }
 
 /// Values of the architecture's keys.
@@ -344,6 +375,12 @@ mod tests {
             ("v.blk.0.ln1.weight", None),
         ] {
             assert_eq!(canonical_name(name, 8).as_deref(), canonical, "{name}");
+            if let Some(canonical) =
+                canonical.filter(|_| name.contains('.') && name != "blk.7.ssm_dt")
+                && !name.ends_with(".scale")
+            {
+                assert_eq!(gguf_name(canonical, 8), name);
+            }
         }
     }
 }

@@ -147,6 +147,23 @@ impl BlockType {
         }
     }
 
+    /// The blocks of some numbers: Q8_0 or Q4_0, rounded as ggml's reference rounds them.
+    ///
+    /// Panics for another type, or if the numbers are no whole blocks.
+    pub fn encode(self, values: &[f32]) -> Vec<u8> {
+        let (groups, rest) = values.as_chunks::<32>();
+        assert!(rest.is_empty());
+        let mut out = Vec::with_capacity(self.row_bytes(values.len()));
+        for group in groups {
+            match self {
+                BlockType::Q8_0 => encode_q8_0(group, &mut out),
+                BlockType::Q4_0 => encode_q4_0(group, &mut out),
+                _ => panic!("{} is not encoded", self.name()),
+            }
+        }
+        out
+    }
+
     /// Codes, scales and offsets of a block. codes: [cols]; scales, offsets: [cols / 16].
     pub fn codes(self, b: &[u8], codes: &mut [i8], scales: &mut [f32], offsets: &mut [f32]) {
         offsets.fill(0.0);
@@ -237,6 +254,23 @@ impl BlockType {
 
 fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+fn encode_q8_0(x: &[f32; 32], out: &mut Vec<u8>) {
+    let d = x.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0;
+    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+    out.extend(f16::from_f32(d).to_le_bytes());
+    out.extend(x.iter().map(|x| (x * inverse).round() as i8 as u8));
+}
+
+fn encode_q4_0(x: &[f32; 32], out: &mut Vec<u8>) {
+    let extreme = x.iter().fold(0.0f32, |m, x| if x.abs() > m.abs() { *x } else { m });
+    let d = extreme / -8.0;
+    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+    out.extend(f16::from_f32(d).to_le_bytes());
+    let code = |x: f32| ((x * inverse + 8.5) as u8).min(15);
+    let (low, high) = x.split_at(16);
+    out.extend(low.iter().zip(high).map(|(low, high)| code(*low) | code(*high) << 4));
 }
 
 /// 32 codes from the low nibbles of 16 bytes, then their high ones.
