@@ -54,7 +54,8 @@ impl Checkpoint {
     }
 
     fn gguf_value<'py>(&self, py: Python<'py>, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let value = detached(py, || self.inner.gguf().map_or(Ok(None), |gguf| gguf.get(key)))?;
+        let Some(gguf) = self.inner.gguf() else { return Ok(None) };
+        let value = gguf.get(key).map_err(|error| exception(py, error))?;
         value.map(|value| python_value(py, value)).transpose()
     }
 
@@ -82,16 +83,19 @@ impl Checkpoint {
     }
 }
 
-fn python_value(py: Python<'_>, value: Value) -> PyResult<Bound<'_, PyAny>> {
+fn python_value<'py>(py: Python<'py>, value: Value) -> PyResult<Bound<'py, PyAny>> {
     Ok(match value {
         Value::Unsigned(n) => n.into_pyobject(py)?.into_any(),
         Value::Signed(n) => n.into_pyobject(py)?.into_any(),
         Value::Float(x) => x.into_pyobject(py)?.into_any(),
         Value::Bool(flag) => flag.into_pyobject(py)?.to_owned().into_any(),
         Value::Text(text) => text.into_pyobject(py)?.into_any(),
-        Value::Array(values) => {
-            let values = values.into_iter().map(|value| python_value(py, value));
-            PyList::new(py, values.collect::<PyResult<Vec<_>>>()?)?.into_any()
+        Value::Array(array) => {
+            let list = PyList::empty(py);
+            for value in array.iter() {
+                list.append(python_value(py, value.map_err(|error| exception(py, error))?)?)?;
+            }
+            list.into_any()
         }
     })
 }

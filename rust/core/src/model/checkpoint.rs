@@ -15,7 +15,7 @@ use crate::files::gguf::{Gguf, Metadata, starts_like_gguf};
 use crate::files::mmap::Mapping;
 use crate::files::safetensors::read_header;
 use crate::files::{Convention, FileTensor, SourceFile, file_name, shape_text};
-use crate::quant::{Format, Quant};
+use crate::quant::{BlockType, Format, Quant};
 use crate::tensor::{Bytes, Dtype, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -55,17 +55,20 @@ impl Checkpoint {
             return Checkpoint::open_folder(path);
         }
         let mapping = Mapping::open(path)?;
-        if starts_like_gguf(&mapping.bytes()) {
+        let bytes = mapping.bytes();
+        let called_gguf = path.extension().is_some_and(|end| end == "gguf");
+        // What is called so and is none gets an error that says so.
+        if starts_like_gguf(&bytes) || called_gguf && !container::starts_like_converted(&bytes) {
             return Checkpoint::open_gguf(path);
         }
-        let checkpoint = Checkpoint::open_converted(mapping.bytes(), file_name(path))?;
+        let checkpoint = Checkpoint::open_converted(bytes, file_name(path))?;
         Ok(Checkpoint { mappings: vec![mapping], ..checkpoint })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint> {
         let (gguf, name) = (Gguf::open(path)?, file_name(path));
-        let config_json = gguf::config_json(&gguf, &name)?;
-        let config = Config::from_json(&config_json, &name)?;
+        let config_json = gguf::config_json(&gguf)?;
+        let config = Config::from_json(&config_json, &format!("{name}: metadata as config.json"))?;
         let found = gguf::tensors(&gguf, config.num_hidden_layers)?;
         let Gguf { metadata, tensors: listing, mappings } = gguf;
         let (specs, tensors, _) = bind(&config, Kind::Gguf, &name, found, Vec::new())?;
@@ -381,16 +384,13 @@ fn check(
 ) -> Result<Tensor> {
     let place = found.place();
     let kernel = config.linear_conv_kernel_dim;
-    if spec.name.ends_with("conv1d.weight") && kernel != 1 && found.shape.last() == Some(&1) {
+    let conv1d = kind != Kind::Gguf && spec.name.ends_with("conv1d.weight");
+    if conv1d && kernel != 1 && found.shape.last() == Some(&1) {
         let transposed = format!("shape {}, expected {:?}", shape_text(&found.shape), spec.shape);
         return Err(mlx(&place, &transposed));
     }
     let blocks = kind == Kind::Gguf && !matches!(spec.role, Role::Small | Role::Vision);
     let expected = match storage {
-        Storage::AsIs if blocks => {
-            "BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, \
-             IQ4_XS or MXFP4"
-        }
         Storage::AsIs => "BF16, F16 or F32",
         Storage::F32 => "F32",
         Storage::Coded(_) => "U8",
@@ -400,8 +400,13 @@ fn check(
         Storage::F32 => *dtype == Dtype::F32,
         Storage::Coded(_) => *dtype == Dtype::U8,
     };
-    let dtype = found.known_dtype().filter(fits).ok_or_else(|| {
-        Error::File(format!("{place}: dtype {}, expected {expected}", found.dtype))
+    let dtype = found.known_dtype().filter(fits).ok_or_else(|| match blocks {
+        true => Error::Unsupported(format!(
+            "{place}: type {}, supported are {expected}, {}; use a file of these types",
+            found.dtype,
+            BlockType::ALL.map(BlockType::name).join(", ")
+        )),
+        false => Error::File(format!("{place}: dtype {}, expected {expected}", found.dtype)),
     })?;
     let shape = storage.shape(spec);
     if found.shape != shape {

@@ -1,7 +1,9 @@
-//! Tiny checkpoints in temporary folders, and safetensors files taken apart.
+//! Tiny checkpoints in temporary folders, safetensors files taken apart, and GGUF files made by hand.
 
 // Each test file uses another part of it.
 #![allow(dead_code)]
+
+pub mod gguf;
 
 use qdelta_core::model::checkpoint::Checkpoint;
 use qdelta_core::model::config::Config;
@@ -55,6 +57,13 @@ pub fn config() -> Value {
             "num_position_embeddings": 9
         }
     })
+}
+
+/// The same without a vision tower, of which a GGUF file does not speak.
+pub fn text_config() -> Value {
+    let mut config = config();
+    config["vision_config"] = Value::Null;
+    config
 }
 
 /// A tensor as a file holds it.
