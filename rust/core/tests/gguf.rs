@@ -217,7 +217,8 @@ fn wide_config() -> Json {
 fn every_block_type_in_every_matrix() {
     for block in BlockType::ALL {
         let file = File::model(&wide_config(), Some(block));
-        let checkpoint = opened(&file).expect(block.name());
+        let name = block.name();
+        let checkpoint = opened(&file).expect(name);
         for spec in checkpoint.specs().iter().filter(|spec| spec.role != Role::Small) {
             let tensor = checkpoint.tensor(&spec.name).expect("it is bound");
             assert_eq!(tensor.dtype, Dtype::Blocks(block));
