@@ -36,7 +36,7 @@ fn read(bytes: Vec<u8>) -> Result<()> {
     let part = Part::read(Bytes::from(bytes), "a.gguf")?;
     for key in part.metadata.keys() {
         if let Ok(Some(Value::Array(array))) = part.metadata.get(key) {
-            array.iter().for_each(|value| drop(value));
+            array.iter().for_each(drop);
         }
     }
     part.tensors.iter().for_each(|tensor| drop(tensor.bytes.to_vec()));
