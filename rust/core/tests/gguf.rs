@@ -189,8 +189,7 @@ fn a_file_made_by_hand_is_the_model_of_its_config() {
         let row = file.rows.iter().find(|r| r.name == row).expect("it has a name in the file");
         let tensor = checkpoint.tensor(&spec.name).expect("it is bound");
         assert_eq!((&tensor.bytes[..], &tensor.shape), (&row.data[..], &spec.shape));
-        let place = format!("model.gguf: tensor `{}`", spec.name);
-        assert_eq!(checkpoint.place(&spec.name), place);
+        assert_eq!(checkpoint.place(&spec.name), format!("model.gguf: tensor `{}`", row.name));
     }
     let names: Vec<_> = checkpoint.listing().into_iter().map(|(name, ..)| name).collect();
     assert_eq!(names, file.rows.iter().map(|row| row.name.clone()).collect::<Vec<_>>());
@@ -243,7 +242,7 @@ fn types_that_are_not_decoded_are_named() {
         let result = opened(&file);
         let error = result.as_ref().err().expect(name).to_string();
         let start = format!(
-            "model.gguf: tensor `layers.1.self_attn.o_proj.weight`: type {name}, supported are BF16"
+            "model.gguf: tensor `blk.1.attn_output.weight`: type {name}, supported are BF16"
         );
         assert!(matches!(result, Err(Error::Unsupported(_))), "{error}");
         assert!(error.starts_with(&start), "{error}");
@@ -259,7 +258,7 @@ fn types_that_are_not_decoded_are_named() {
     let mut file = File::model(&wide_config(), Some(BlockType::Q8_0));
     let row = file.row("output_norm.weight");
     (row.kind, row.data) = (8, vec![0; 256 / 32 * 34]);
-    assert!(error(&file).ends_with("`norm.weight`: dtype Q8_0, expected BF16, F16 or F32"));
+    assert!(error(&file).ends_with("`output_norm.weight`: dtype Q8_0, expected BF16, F16 or F32"));
 }
 
 #[test]
@@ -308,7 +307,7 @@ fn spellings_of_other_exporters() {
 
     let mut file = model();
     file.unset(&key("full_attention_interval"));
-    assert!(error(&file).contains("in_proj_qkv.weight` is missing"), "{}", error(&file));
+    assert!(error(&file).contains("`blk.1.attn_qkv.weight` is missing"), "{}", error(&file));
     file.set(&key("attention.recurrent_layers"), array(BOOL, 2, &[1, 0]));
     let types = opened(&file).expect("a valid file").config.layer_types;
     assert_eq!(types, [LayerType::LinearAttention, LayerType::FullAttention]);
@@ -468,9 +467,9 @@ fn what_is_wrong_with_the_tensors_is_named() {
     for (error, expected) in [
         (
             wrong(up, &|row| row.dims.reverse()),
-            "`layers.0.mlp.up_proj.weight`: shape [24, 40], expected [40, 24]",
+            "`blk.0.ffn_up.weight`: shape [24, 40], expected [40, 24]",
         ),
-        (wrong(up, &|row| row.name.push('x')), "`layers.0.mlp.up_proj.weight` is missing"),
+        (wrong(up, &|row| row.name.push('x')), "`blk.0.ffn_up.weight` is missing"),
         (wrong(up, &|row| row.name = "blk.0.ffn_down.weight".into()), "named twice"),
         (wrong(up, &|row| row.name = "blk.0.ffn_gate_inp.weight".into()), "not part of the arch"),
         (wrong(up, &|row| row.name = "blk.00.ffn_up.weight".into()), "is missing"),
@@ -482,7 +481,7 @@ fn what_is_wrong_with_the_tensors_is_named() {
         ),
         (
             wrong("output_norm.weight", &|row| row.data[..4].copy_from_slice(&[0, 0, 192, 127])),
-            "`norm.weight`: element 0 is NaN",
+            "`output_norm.weight`: element 0 is NaN",
         ),
     ] {
         assert!(error.starts_with("model.gguf: ") && error.contains(expected), "{error}");
@@ -495,7 +494,7 @@ fn what_is_wrong_with_the_tensors_is_named() {
     }
     let mut file = model();
     file.add("blk.0.ssm_a.weight", "blk.0.ssm_a");
-    assert!(error(&file).contains("A_log`, and so is"), "{}", error(&file));
+    assert!(error(&file).contains("A_log`, and so is tensor `blk.0.ssm_a`"), "{}", error(&file));
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod common;
 
 use common::gguf::{ARRAY, File, I32, Row, TEXT, Typed, U32, array, f32, i32s, string, text, u32};
 use qdelta_core::Result;
-use qdelta_core::files::gguf::{Gguf, Part, Value};
+use qdelta_core::files::gguf::{Gguf, Value};
 use qdelta_core::model::checkpoint::Checkpoint;
 use qdelta_core::tensor::Bytes;
 use std::fs;
@@ -33,13 +33,13 @@ fn small() -> File {
 
 /// Reads all that a file offers.
 fn read(bytes: Vec<u8>) -> Result<()> {
-    let part = Part::read(Bytes::from(bytes), "a.gguf")?;
-    for key in part.metadata.keys() {
-        if let Ok(Some(Value::Array(array))) = part.metadata.get(key) {
+    let gguf = Gguf::read(Bytes::from(bytes), "a.gguf")?;
+    for key in gguf.metadata.keys() {
+        if let Ok(Some(Value::Array(array))) = gguf.metadata.get(key) {
             array.iter().for_each(drop);
         }
     }
-    part.tensors.iter().for_each(|tensor| drop(tensor.bytes.to_vec()));
+    gguf.tensors.iter().for_each(|tensor| drop(tensor.bytes.to_vec()));
     Ok(())
 }
 
@@ -123,7 +123,7 @@ fn one_lie() {
             (vec![1 << 32, 1 << 32, n, 1], 30),
             (vec![n, n, n, n], 0),
             (vec![2, 1 << 63], 0),
-            (vec![0, n, n, n], 0),
+            (vec![0, n, u64::MAX, n], 0),
             (vec![32, n], 8),
             (vec![256, n], 12),
             (vec![n & !255, 3], 14),
@@ -226,11 +226,11 @@ fn alignments() {
 
 #[test]
 fn tensors_that_overlap() {
-    for (offset, fine) in [(0, false), (16, false), (24, true), (32, true)] {
+    for (offset, fine) in [(0, false), (16, false), (24, true)] {
         let mut file = small();
         file.row("b").offset = Some(offset);
         file.add("end", "a");
-        file.row("end").offset = Some(72);
+        file.row("end").offset = Some(64);
         let result = read(file.bytes());
         assert_eq!(result.is_ok(), fine, "{offset}");
         if let Err(error) = result {
@@ -249,21 +249,17 @@ fn names() {
     let mut file = small();
     file.entries.push(("n".to_owned(), u32(1)));
     assert!(refused(file.bytes()).contains("key `n` is there twice"));
-    let written = {
-        let mut file = small();
-        file.row("b").name = "a".to_owned();
-        file.write()
-    };
-    let error = Gguf::open(&written.path).err().expect("a name twice").to_string();
-    assert_eq!(error, "model.gguf: tensor `a`: named twice");
+    let mut file = small();
+    file.row("b").name = "a".to_owned();
+    assert!(refused(file.bytes()).ends_with("tensor `a`: named twice"));
 
     let long = "x".repeat(1 << 16);
     let mut file = small();
     (file.row("a").name, file.entries[1].0) = (long.clone(), long.clone());
     read(file.bytes()).expect("long names");
-    file.row("a").dims = vec![1 << 40];
+    file.rows[0].dims = vec![1 << 40];
     assert!(refused(file.bytes()).contains("xxx…`: "));
-    file.row("a").name = format!("{long}x");
+    file.rows[0].name = format!("{long}x");
     assert!(refused(file.bytes()).contains("is no UTF-8 text of at most 65536 bytes"));
 
     let good = small().bytes();

@@ -68,7 +68,7 @@ pub fn starts_like_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(MAGIC)
 }
 
-/// A file with all its parts, mapped.
+/// A file with all its parts.
 pub struct Gguf {
     pub metadata: Metadata,
     /// With unique names; shapes are slowest axis first.
@@ -81,10 +81,18 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Gguf> {
         let mapping = Mapping::open(path)?;
         let part = Part::read(mapping.bytes(), &file_name(path))?;
-        match part.metadata.count(PART_COUNT)? {
-            // A file that was put together again may keep a count of 0 or 1.
-            None | Some(0 | 1) => Gguf::join(vec![(part, mapping)]),
-            Some(count) => Gguf::open_parts(path, count),
+        match part.count()? {
+            1 => Gguf::join(vec![part], vec![mapping]),
+            count => Gguf::open_parts(path, count),
+        }
+    }
+
+    /// Reads a whole file that lies in memory. file: its name, for errors.
+    pub fn read(bytes: Bytes, file: &str) -> Result<Gguf> {
+        let part = Part::read(bytes, file)?;
+        match part.count()? {
+            1 => Gguf::join(vec![part], Vec::new()),
+            count => Err(Error::File(format!("{file}: `{PART_COUNT}` is {count}, expected 1"))),
         }
     }
 
@@ -96,7 +104,7 @@ impl Gguf {
                 file_name(path)
             ))
         })?;
-        let mut parts = Vec::new();
+        let (mut parts, mut mappings) = (Vec::new(), Vec::new());
         for (i, path) in paths.iter().enumerate() {
             let mapping = Mapping::open(path).map_err(|error| match error {
                 Error::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
@@ -107,21 +115,21 @@ impl Gguf {
             let part = Part::read(mapping.bytes(), &file_name(path))?;
             part.expect(PART_NUMBER, i as u64)?;
             part.expect(PART_COUNT, count)?;
-            parts.push((part, mapping));
+            parts.push(part);
+            mappings.push(mapping);
         }
-        let tensors: usize = parts.iter().map(|(part, _)| part.tensors.len()).sum();
-        parts[0].0.expect(PART_TENSORS, tensors as u64)?;
-        Gguf::join(parts)
+        let tensors: usize = parts.iter().map(|part| part.tensors.len()).sum();
+        parts[0].expect(PART_TENSORS, tensors as u64)?;
+        Gguf::join(parts, mappings)
     }
 
     /// Puts the parts together, of which there is at least one.
-    fn join(parts: Vec<(Part, Arc<Mapping>)>) -> Result<Gguf> {
+    fn join(parts: Vec<Part>, mappings: Vec<Arc<Mapping>>) -> Result<Gguf> {
         let mut metadata = None;
-        let (mut tensors, mut mappings): (Vec<FileTensor>, _) = (Vec::new(), Vec::new());
-        for (part, mapping) in parts {
+        let mut tensors: Vec<FileTensor> = Vec::new();
+        for part in parts {
             metadata.get_or_insert(part.metadata);
             tensors.extend(part.tensors);
-            mappings.push(mapping);
         }
         let mut names = HashSet::with_capacity(tensors.len());
         if let Some(tensor) = tensors.iter().find(|tensor| !names.insert(&tensor.name)) {
@@ -148,15 +156,14 @@ fn parts_of(path: &Path) -> Option<Vec<PathBuf>> {
 }
 
 /// What one file holds.
-pub struct Part {
-    pub metadata: Metadata,
-    /// In the order of their data.
-    pub tensors: Vec<FileTensor>,
+struct Part {
+    metadata: Metadata,
+    tensors: Vec<FileTensor>, // in the order of their data
 }
 
 impl Part {
     /// Reads and checks a file. file: its name, for errors.
-    pub fn read(bytes: Bytes, file: &str) -> Result<Part> {
+    fn read(bytes: Bytes, file: &str) -> Result<Part> {
         let mut reader = Reader::new(&bytes, file);
         let (n_tensors, n_entries) = read_start(&mut reader)?;
         let metadata = Metadata::read(&bytes, &mut reader, n_entries)?;
@@ -175,6 +182,12 @@ impl Part {
         let data_start = reader.at().next_multiple_of(alignment);
         let tensors = place(&bytes, file, infos, data_start, alignment)?;
         Ok(Part { metadata, tensors })
+    }
+
+    /// How many parts the file has, at least one.
+    fn count(&self) -> Result<u64> {
+        // One that was put together again may keep a count of 0.
+        Ok(self.metadata.count(PART_COUNT)?.unwrap_or(1).max(1))
     }
 
     /// An error if an entry is not this count.

@@ -59,19 +59,20 @@ impl Checkpoint {
         let called_gguf = path.extension().is_some_and(|end| end == "gguf");
         // What is called so and is none gets an error that says so.
         if starts_like_gguf(&bytes) || called_gguf && !container::starts_like_converted(&bytes) {
-            return Checkpoint::open_gguf(path);
+            return Checkpoint::from_gguf(Gguf::open(path)?);
         }
         let checkpoint = Checkpoint::open_converted(bytes, file_name(path))?;
         Ok(Checkpoint { mappings: vec![mapping], ..checkpoint })
     }
 
-    fn open_gguf(path: &Path) -> Result<Checkpoint> {
-        let (gguf, name) = (Gguf::open(path)?, file_name(path));
+    /// The model in a GGUF file.
+    pub fn from_gguf(gguf: Gguf) -> Result<Checkpoint> {
+        let name = gguf.metadata.file().to_owned();
         let config_json = gguf::config_json(&gguf)?;
         let config = Config::from_json(&config_json, &format!("{name}: metadata as config.json"))?;
         let found = gguf::tensors(&gguf, config.num_hidden_layers)?;
+        let (specs, tensors) = bind(&config, Kind::Gguf, &name, &found)?;
         let Gguf { metadata, tensors: listing, mappings } = gguf;
-        let (specs, tensors, _) = bind(&config, Kind::Gguf, &name, found, Vec::new())?;
         Ok(Checkpoint {
             config,
             config_json,
@@ -90,10 +91,13 @@ impl Checkpoint {
     }
 
     fn open_folder(path: &Path) -> Result<Checkpoint> {
-        let Folder { config_json, tensors, unlisted, mappings, sources } = Folder::open(path)?;
+        let Folder { config_json, tensors: mut listing, unlisted, mappings, sources } =
+            Folder::open(path)?;
         let config = Config::from_json(&config_json, "config.json")?;
         let name = path.display().to_string();
-        let (specs, tensors, listing) = bind(&config, Kind::Folder, &name, tensors, unlisted)?;
+        let found: Vec<_> = listing.iter().map(|t| (canonical_name(&t.name), t.clone())).collect();
+        let (specs, tensors) = bind(&config, Kind::Folder, &name, &found)?;
+        listing.extend(unlisted);
         Ok(Checkpoint {
             config,
             config_json,
@@ -133,10 +137,11 @@ impl Checkpoint {
                 attachments.insert(file.to_owned(), bytes);
             } else {
                 let (dtype, shape, file) = (entry.dtype, entry.shape, name.clone());
-                found.push(FileTensor { name: entry.name, dtype, shape, bytes, file });
+                let tensor = FileTensor { name: entry.name.clone(), dtype, shape, bytes, file };
+                found.push((entry.name, tensor));
             }
         }
-        let (specs, tensors, listing) = bind(&config, Kind::Converted, &name, found, Vec::new())?;
+        let (specs, tensors) = bind(&config, Kind::Converted, &name, &found)?;
         Ok(Checkpoint {
             config,
             config_json,
@@ -148,7 +153,7 @@ impl Checkpoint {
             specs,
             tensors,
             attachments,
-            listing,
+            listing: found.into_iter().map(|(_, tensor)| tensor).collect(),
             sources,
             mappings: Vec::new(),
         })
@@ -274,10 +279,7 @@ impl Checkpoint {
     }
 }
 
-/// What the model has, and all that the files have.
-type Found = (Vec<TensorSpec>, HashMap<String, Bound>, Vec<FileTensor>);
-
-/// What tensors come from, which decides their names and formats.
+/// What tensors come from, which decides their formats.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Folder,
@@ -287,29 +289,23 @@ enum Kind {
 
 /// Finds the tensors of the model among those of the files.
 ///
-/// place: what the tensors come from, for errors; found: with unique names; ignored: only listed.
+/// place: what the tensors come from, for errors; found: by canonical name.
 fn bind(
     config: &Config,
     kind: Kind,
     place: &str,
-    found: Vec<FileTensor>,
-    ignored: Vec<FileTensor>,
-) -> Result<Found> {
-    let mut by_name: HashMap<String, &FileTensor> = HashMap::with_capacity(found.len());
-    let mut twice: HashMap<String, &FileTensor> = HashMap::new();
-    for tensor in &found {
-        // Elsewhere names are canonical.
-        let name = match kind {
-            Kind::Folder => canonical_name(&tensor.name),
-            Kind::Gguf | Kind::Converted => tensor.name.clone(),
-        };
-        if let Some(other) = by_name.insert(name.clone(), tensor) {
+    found: &[(String, FileTensor)],
+) -> Result<(Vec<TensorSpec>, HashMap<String, Bound>)> {
+    let mut by_name: HashMap<&str, &FileTensor> = HashMap::with_capacity(found.len());
+    let mut twice: HashMap<&str, &FileTensor> = HashMap::new();
+    for (name, tensor) in found {
+        if let Some(other) = by_name.insert(name, tensor) {
             twice.insert(name, other);
         }
     }
 
     let present = |spec: &TensorSpec| {
-        storages(spec, kind).any(|storage| by_name.contains_key(&storage.name(spec)))
+        storages(spec, kind).any(|storage| by_name.contains_key(storage.name(spec).as_str()))
     };
     let mut specs = text_tensors(config);
     let vision = config.vision.as_ref().map(vision_tensors).unwrap_or_default();
@@ -322,10 +318,11 @@ fn bind(
     for spec in &specs {
         let mut there = storages(spec, kind).filter_map(|storage| {
             let name = storage.name(spec);
-            by_name.get(&name).map(|tensor| (storage, name, *tensor))
+            let tensor = *by_name.get(name.as_str())?;
+            Some((storage, name, tensor))
         });
         let (storage, name, tensor) =
-            there.next().ok_or_else(|| missing(config, place, &spec.name))?;
+            there.next().ok_or_else(|| missing(config, kind, place, &spec.name))?;
         if let Some((.., other)) = there.next() {
             return Err(Error::File(format!(
                 "{}: is `{}`, and so is tensor `{}` of {}",
@@ -335,7 +332,7 @@ fn bind(
                 other.file
             )));
         }
-        if let Some(other) = twice.get(&name) {
+        if let Some(other) = twice.get(name.as_str()) {
             return Err(Error::File(format!(
                 "{}: is `{name}`, and so is tensor `{}` of {}",
                 tensor.place(),
@@ -347,9 +344,7 @@ fn bind(
         tensors.insert(name, Bound { tensor: check(config, kind, spec, storage, tensor)?, place });
     }
     refuse_companions(&tensors, &by_name)?;
-    let mut listing = found;
-    listing.extend(ignored);
-    Ok((specs, tensors, listing))
+    Ok((specs, tensors))
 }
 
 /// How a tensor may be stored.
@@ -363,13 +358,17 @@ fn storages(spec: &TensorSpec, kind: Kind) -> impl Iterator<Item = Storage> {
     std::iter::once(plain).chain(coded)
 }
 
-fn missing(config: &Config, place: &str, name: &str) -> Error {
+fn missing(config: &Config, kind: Kind, place: &str, name: &str) -> Error {
     let why = if name.starts_with("lm_head.") && !config.tie_word_embeddings {
         ", expected because `tie_word_embeddings` is false"
     } else if name.starts_with("mtp.") || name.starts_with("visual.") {
         ", expected because others of its part are there"
     } else {
         ""
+    };
+    let name = match kind {
+        Kind::Gguf => gguf::gguf_name(name, config.num_hidden_layers),
+        Kind::Folder | Kind::Converted => name.to_owned(),
     };
     Error::File(format!("{place}: tensor `{name}` is missing{why}"))
 }
@@ -422,7 +421,7 @@ fn check(
 /// adapter. Other tensors that the model does not have are ignored.
 fn refuse_companions(
     tensors: &HashMap<String, Bound>,
-    by_name: &HashMap<String, &FileTensor>,
+    by_name: &HashMap<&str, &FileTensor>,
 ) -> Result<()> {
     const COMPANIONS: [&str; 8] = [
         ".scale",
@@ -436,7 +435,7 @@ fn refuse_companions(
     ];
     let companion = by_name
         .iter()
-        .filter(|(name, _)| !tensors.contains_key(*name))
+        .filter(|(name, _)| !tensors.contains_key(**name))
         .filter(|(name, _)| {
             let stem = COMPANIONS.iter().find_map(|end| name.strip_suffix(end));
             stem.is_some_and(|stem| tensors.contains_key(&format!("{stem}.weight")))

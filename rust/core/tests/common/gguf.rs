@@ -111,8 +111,10 @@ impl File {
         let specs = text_tensors(&parsed).into_iter().chain(mtp_tensors(&parsed));
         for (i, spec) in specs.enumerate() {
             let name = name(&spec.name, layers);
-            // The middle axis of the convolution is dropped.
-            let dims = spec.shape.iter().rev().filter(|n| **n != 1).map(|n| *n as u64);
+            let mut dims: Vec<u64> = spec.shape.iter().rev().map(|n| *n as u64).collect();
+            if dims.len() == 3 {
+                dims.remove(1); // the middle axis of the convolution
+            }
             let elements: usize = spec.shape.iter().product();
             let small = spec.shape.len() != 2;
             let (kind, data) = match block {
@@ -125,7 +127,7 @@ impl File {
                 _ if i % 2 == 0 => (1, encode("F16", &values(i + 1, elements))),
                 _ => (30, encode("BF16", &values(i + 1, elements))),
             };
-            file.rows.push(Row { name, dims: dims.collect(), kind, data, offset: None });
+            file.rows.push(Row { name, dims, kind, data, offset: None });
         }
         file
     }

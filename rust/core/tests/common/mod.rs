@@ -3,6 +3,7 @@
 // Each test file uses another part of it.
 #![allow(dead_code)]
 
+pub mod fuzz;
 pub mod gguf;
 
 use qdelta_core::model::checkpoint::Checkpoint;
