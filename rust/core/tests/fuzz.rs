@@ -73,7 +73,7 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 4] {
     let written = tiny.write();
     let source = written.open();
     let convert = |quant| {
-        let job = Job { source: &source, quant, attachments: &[], threads: Some(1) };
+        let job = Job { threads: Some(1), ..Job::new(&source, quant) };
         job.to_memory(&mut |_, _| true).expect("a conversion").to_vec()
     };
     let configs = [&config, &common::config(), &config["text_config"]];

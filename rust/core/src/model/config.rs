@@ -244,6 +244,38 @@ fn wrong(file: &str, key: &str, expected: &str, found: &Value) -> Error {
     Error::File(format!("{file}: `{key}` is {found}, expected {expected}"))
 }
 
+/// Who quantised a checkpoint, and how, by the settings that it carries.
+fn quantiser(settings: &Value) -> String {
+    let word = |key: &str| settings.get(key).and_then(Value::as_str);
+    let number = |key: &str| settings.get(key).and_then(Value::as_u64);
+    let name = match word("quant_method") {
+        Some("awq") => "for AWQ",
+        Some("gptq") => "for GPTQ",
+        Some("compressed-tensors") => "as compressed-tensors (vLLM, llm-compressor)",
+        Some("fp8" | "fbgemm_fp8") => "to FP8",
+        Some("bitsandbytes") => "by bitsandbytes",
+        Some("modelopt") => "by NVIDIA ModelOpt",
+        Some("auto-round" | "intel/auto-round") => "by AutoRound",
+        Some("torchao") => "by torchao",
+        Some("hqq") => "by HQQ",
+        Some("quark") => "by AMD Quark",
+        Some("mxfp4") => "to MXFP4",
+        // MLX writes its settings without a method.
+        None if number("group_size").is_some() && number("bits").is_some() => "for MLX",
+        Some(_) | None => "by a program that is not known here",
+    };
+    let mut details = Vec::new();
+    details.extend(word("format").or(word("fmt")).map(|format| format.chars().take(40).collect()));
+    details.extend(number("bits").or(number("w_bit")).map(|bits| format!("{bits} bits")));
+    details.extend(number("group_size").map(|size| format!("groups of {size}")));
+    if let Some(block) = settings.get("weight_block_size").and_then(Value::as_array) {
+        let sizes: Vec<String> = block.iter().take(2).map(Value::to_string).collect();
+        details.push(format!("blocks of {}", sizes.join(" x ")));
+    }
+    let details: Vec<String> = details;
+    if details.is_empty() { name.to_owned() } else { format!("{name}, {}", details.join(", ")) }
+}
+
 /// One object of the file.
 struct Reader<'a> {
     file: &'a str,
@@ -327,13 +359,14 @@ impl Reader<'_> {
             {
                 return unsupported("model_type", value, "\"qwen3_5\" or \"qwen3_5_text\"");
             }
-            if object.get("quantization_config").is_some_and(|v| !v.is_null())
-                || object.get("quantization").is_some_and(|v| !v.is_null())
-            {
-                return Err(Error::Unsupported(format!(
-                    "{file}: the checkpoint is already quantised by another program \
-                     (`quantization_config`); use the original BF16 checkpoint"
-                )));
+            for key in ["quantization_config", "quantization"] {
+                if let Some(value) = object.get(key).filter(|value| !value.is_null()) {
+                    return Err(Error::Unsupported(format!(
+                        "{file}: the checkpoint is already quantised, {} (`{key}`), which is not \
+                         supported; use the original BF16 checkpoint, or a GGUF file of it",
+                        quantiser(value)
+                    )));
+                }
             }
         }
         let fixed: [(&str, Value); 3] = [
@@ -638,6 +671,34 @@ mod tests {
             assert!(error.starts_with("config.json: "), "{key}: {error}");
             let inner = ["rope_parameters", "rope_scaling", "vision_config"];
             assert!(error.contains(key) || inner.contains(&key), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn who_quantised_a_checkpoint() {
+        for (settings, name) in [
+            (
+                r#"{"quant_method": "awq", "bits": 4, "group_size": 128}"#,
+                "for AWQ, 4 bits, groups of 128",
+            ),
+            (r#"{"quant_method": "gptq", "bits": 8}"#, "for GPTQ, 8 bits"),
+            (
+                r#"{"quant_method": "compressed-tensors", "format": "pack-quantized"}"#,
+                "as compressed-tensors (vLLM, llm-compressor), pack-quantized",
+            ),
+            (
+                r#"{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}"#,
+                "to FP8, e4m3, blocks of 128 x 128",
+            ),
+            (r#"{"group_size": 64, "bits": 4}"#, "for MLX, 4 bits, groups of 64"),
+            (r#"{"quant_method": "new"}"#, "by a program that is not known here"),
+            ("[]", "by a program that is not known here"),
+        ] {
+            let error = with("quantization_config", settings).expect_err(settings).to_string();
+            let expected = format!(
+                "config.json: the checkpoint is already quantised, {name} (`quantization_config`), "
+            );
+            assert!(error.starts_with(&expected), "{error}");
         }
     }
 
