@@ -93,6 +93,18 @@ fn seeds_are_valid() {
     }
 }
 
+#[test]
+fn no_part_of_a_seed_is_valid() {
+    for ((name, seeds), (_, target)) in seeds().iter().zip(TARGETS) {
+        for seed in seeds {
+            // Each length of those of some kilobytes.
+            for n in (0..seed.len()).step_by(1 + seed.len() / 5000) {
+                assert!(!target(&seed[..n]), "{name}: {n} bytes of {}", seed.len());
+            }
+        }
+    }
+}
+
 /// Part of `scripts/fuzz`.
 #[test]
 #[ignore = "writes files for the fuzzer"]
