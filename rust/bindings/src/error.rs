@@ -11,6 +11,7 @@ pub fn exception(py: Python<'_>, error: Error) -> PyErr {
         Error::Unsupported(_) => "UnsupportedError",
         Error::Argument(_) => "ArgumentError",
         Error::Context { .. } => "ContextError",
+        Error::MemoryLimit { .. } => "MemoryLimitError",
         Error::Memory { .. } | Error::Interrupted | Error::Internal(_) => "Error",
     };
     let text = error.to_string();
@@ -18,6 +19,7 @@ pub fn exception(py: Python<'_>, error: Error) -> PyErr {
         py.import("qdelta.errors").and_then(|errors| errors.getattr(class)).and_then(|class| {
             match &error {
                 Error::Context { needed, available } => class.call1((*needed, *available)),
+                Error::MemoryLimit { limit, needed, .. } => class.call1((text, *needed, *limit)),
                 Error::Io { path, source } => {
                     let errno = source.raw_os_error().unwrap_or(0);
                     class.call1((errno, source.to_string(), path.as_os_str()))

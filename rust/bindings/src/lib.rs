@@ -19,7 +19,7 @@ mod _native {
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, convert, export_gguf, losses, verify};
     #[pymodule_export]
-    use super::model::Model;
+    use super::model::{MemoryPlan, Model, memory_plan};
     #[pymodule_export]
     use super::session::{Session, Snapshot};
 

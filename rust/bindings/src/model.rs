@@ -7,10 +7,12 @@ use pyo3::prelude::*;
 use qdelta_core::Error;
 use qdelta_core::model::config::Config;
 use qdelta_core::model::forward::{Model as CoreModel, Options};
+use qdelta_core::model::memory::{self, Needs, Stored};
 use qdelta_core::model::synthetic::Synthetic;
+use qdelta_core::quant::Quant;
 use qdelta_core::simd::Cpu;
 use qdelta_core::state::KvFormat;
-use std::collections::BTreeMap;
+use qdelta_core::tensor::Dtype;
 use std::sync::Arc;
 
 /// Weights bound to the layers that read them, and the threads that do.
@@ -19,6 +21,7 @@ pub struct Model {
     pub inner: Arc<CoreModel>,
 }
 
+#[allow(clippy::too_many_arguments)]
 fn options(
     context: Option<usize>,
     yarn: Option<f64>,
@@ -26,6 +29,7 @@ fn options(
     kv: &str,
     isa: Option<&str>,
     head: &str,
+    memory_limit: Option<usize>,
 ) -> qdelta_core::Result<Options> {
     let kv = match kv {
         "auto" => None,
@@ -39,14 +43,14 @@ fn options(
         }
     };
     let (cpu, head) = (isa.map(Cpu::named).transpose()?, head.parse()?);
-    Ok(Options { context, yarn, threads, kv, cpu, head })
+    Ok(Options { context, yarn, threads, kv, cpu, head, memory_limit })
 }
 
 #[pymethods]
 impl Model {
     #[new]
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (checkpoint, *, context=None, yarn=None, threads=None, kv="auto", isa=None, head="full"))]
+    #[pyo3(signature = (checkpoint, *, context=None, yarn=None, threads=None, kv="auto", isa=None, head="full", memory_limit=None))]
     fn new(
         py: Python<'_>,
         checkpoint: &Checkpoint,
@@ -56,9 +60,10 @@ impl Model {
         kv: &str,
         isa: Option<&str>,
         head: &str,
+        memory_limit: Option<usize>,
     ) -> PyResult<Model> {
-        let options =
-            options(context, yarn, threads, kv, isa, head).map_err(|error| exception(py, error))?;
+        let options = options(context, yarn, threads, kv, isa, head, memory_limit)
+            .map_err(|error| exception(py, error))?;
         let checkpoint = checkpoint.inner.clone();
         let inner = detached(py, || CoreModel::load(checkpoint, options))?;
         Ok(Model { inner: Arc::new(inner) })
@@ -66,7 +71,7 @@ impl Model {
 
     /// A model of the config's shape with random weights.
     #[staticmethod]
-    #[pyo3(signature = (config_json, *, quant, seed=0, context=None, threads=None, kv="auto", isa=None, head="full"))]
+    #[pyo3(signature = (config_json, *, quant, seed=0, context=None, threads=None, kv="auto", isa=None, head="full", memory_limit=None))]
     #[allow(clippy::too_many_arguments)]
     fn synthetic(
         py: Python<'_>,
@@ -78,9 +83,10 @@ impl Model {
         kv: &str,
         isa: Option<&str>,
         head: &str,
+        memory_limit: Option<usize>,
     ) -> PyResult<Model> {
-        let options =
-            options(context, None, threads, kv, isa, head).map_err(|error| exception(py, error))?;
+        let options = options(context, None, threads, kv, isa, head, memory_limit)
+            .map_err(|error| exception(py, error))?;
         let inner = detached(py, || {
             let quant = quant.parse()?;
             let config = Config::from_json(config_json, "config.json")?;
@@ -140,17 +146,83 @@ impl Model {
         self.inner.head_bytes()
     }
 
-    fn memory_plan(&self, context: usize) -> BTreeMap<&'static str, usize> {
-        let plan = self.inner.memory_plan(context);
-        BTreeMap::from([
-            ("weights", plan.weights),
-            ("kv", plan.kv),
-            ("state", plan.state),
-            ("scratch", plan.scratch),
-        ])
+    #[getter]
+    fn memory_held(&self) -> usize {
+        self.inner.budget().held()
     }
 
-    fn session(&self) -> Session {
-        Session::new(self.inner.clone())
+    fn memory_plan(&self, context: usize) -> MemoryPlan {
+        MemoryPlan::new(self.inner.memory_plan(context), context, self.inner.kv)
     }
+
+    fn session(&self, py: Python<'_>) -> PyResult<Session> {
+        detached(py, || Session::new(self.inner.clone()))
+    }
+}
+
+/// What a model and a session of some length take.
+#[pyclass(frozen, get_all, module = "qdelta._native")]
+pub struct MemoryPlan {
+    context: usize,
+    kv_format: &'static str,
+    weights: usize,
+    kv: usize,
+    state: usize,
+    scratch: usize,
+}
+
+impl MemoryPlan {
+    fn new(plan: memory::MemoryPlan, context: usize, kv: KvFormat) -> MemoryPlan {
+        let memory::MemoryPlan { weights, kv: cache, state, scratch } = plan;
+        MemoryPlan { context, kv_format: kv.name(), weights, kv: cache, state, scratch }
+    }
+}
+
+/// What decides the sizes of the weights: files, or a config with the dtype that files would have.
+#[derive(FromPyObject)]
+pub enum Planned<'py> {
+    Checkpoint(PyRef<'py, Checkpoint>),
+    Config(String),
+}
+
+/// What a model will take, before it is converted or loaded.
+#[pyfunction]
+#[pyo3(signature = (model, *, quant, dtype="bfloat16", context=None, yarn=None, threads=None, kv="auto", head="full", memory_limit=None))]
+#[allow(clippy::too_many_arguments)]
+pub fn memory_plan(
+    py: Python<'_>,
+    model: Planned<'_>,
+    quant: &str,
+    dtype: &str,
+    context: Option<usize>,
+    yarn: Option<f64>,
+    threads: Option<usize>,
+    kv: &str,
+    head: &str,
+    memory_limit: Option<usize>,
+) -> PyResult<MemoryPlan> {
+    let plan = || {
+        let options = options(context, yarn, threads, kv, None, head, memory_limit)?;
+        let quant: Quant = quant.parse()?;
+        let (config, stored) = match &model {
+            Planned::Checkpoint(checkpoint) => {
+                let checkpoint = &checkpoint.inner;
+                (checkpoint.config.clone(), Stored::of_checkpoint(checkpoint, quant)?)
+            }
+            Planned::Config(json) => {
+                let config = Config::from_json(json, "config.json")?;
+                let dtype = Dtype::float(dtype)?;
+                let stored = Stored::converted(&config, quant, |_| dtype)?;
+                (config, stored)
+            }
+        };
+        let config = match yarn {
+            Some(factor) => config.with_yarn(factor)?,
+            None => config,
+        };
+        let needs = Needs::new(&config, stored, &options)?;
+        let context = needs.context(&options)?;
+        Ok(MemoryPlan::new(needs.plan(context), context, needs.kv))
+    };
+    plan().map_err(|error| exception(py, error))
 }

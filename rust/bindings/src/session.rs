@@ -24,8 +24,8 @@ pub struct Snapshot {
 type Arrays<'py> = BTreeMap<String, Bound<'py, PyArrayDyn<f32>>>;
 
 impl Session {
-    pub fn new(model: Arc<Model>) -> Session {
-        Session { inner: Mutex::new(session::Session::new(model)) }
+    pub fn new(model: Arc<Model>) -> qdelta_core::Result<Session> {
+        Ok(Session { inner: Mutex::new(session::Session::new(model)?) })
     }
 
     fn lock(&self) -> MutexGuard<'_, session::Session> {

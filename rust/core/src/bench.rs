@@ -83,7 +83,7 @@ pub fn delta_rule(cpu: Cpu, heads: usize, tokens: usize, repeats: usize) -> Dura
         x
     };
     let mut step = Step {
-        heads: (0..heads).map(|_| (ValueHead::new(D, D), PendingKeys::default())).collect(),
+        heads: (0..heads).map(|_| (ValueHead::new(D, D), PendingKeys::new(D))).collect(),
         q: draw(tokens * D),
         k: draw(tokens * D),
         v: draw(tokens * D),

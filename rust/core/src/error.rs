@@ -1,5 +1,6 @@
 //! What can go wrong, in the words of the caller's world: files, tensors, arguments.
 
+use crate::budget::readable;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ pub enum Error {
     Argument(String),
     /// More tokens than the context holds.
     Context { needed: usize, available: usize },
+    /// More bytes than the limit that the caller set: the bytes that would be held, and why.
+    MemoryLimit { limit: usize, needed: usize, text: String },
     /// The system has no more memory.
     Memory { bytes: usize },
     /// The caller asked to stop.
@@ -42,6 +45,12 @@ impl fmt::Display for Error {
             Error::Context { needed, available } => write!(
                 f,
                 "the tokens do not fit the context: {needed} needed, {available} available"
+            ),
+            Error::MemoryLimit { limit, needed, text } => write!(
+                f,
+                "memory_limit is {}, {} needed: {text}",
+                readable(*limit),
+                readable(*needed)
             ),
             Error::Memory { bytes } => write!(f, "out of memory: {bytes} bytes were refused"),
             Error::Interrupted => f.write_str("interrupted"),

@@ -3,6 +3,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod bench;
+pub mod budget;
 pub mod convert;
 pub mod error;
 pub mod export;

@@ -1,5 +1,6 @@
 //! One timeline of tokens on a model.
 
+use crate::budget::Held;
 use crate::error::{Error, Result};
 use crate::kernels::select;
 use crate::layers::block::Scratch;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 pub struct Session {
     model: Arc<Model>,
     state: State,
+    held: Held, // the bytes of the buffers
     scratch: Scratch,
     head: Input,      // rows of the last piece that the head was asked for
     logits: Vec<f32>, // [rows, vocab] of the last feed
@@ -29,7 +31,6 @@ pub struct Session {
 }
 
 /// The state of a session at some token. Cheap to keep: the KV cache is shared until it is written.
-#[derive(Clone)]
 pub struct Snapshot {
     model: Arc<Model>,
     state: State,
@@ -61,9 +62,12 @@ pub const MOST_SCREENED: usize = 256;
 pub type StateArray = (&'static str, Vec<usize>, Vec<f32>);
 
 impl Session {
-    pub fn new(model: Arc<Model>) -> Session {
-        Session {
-            state: State::new(&model.config),
+    /// An empty timeline; an error if the model's memory limit leaves no room for its buffers.
+    pub fn new(model: Arc<Model>) -> Result<Session> {
+        let plan = model.memory_plan(model.context);
+        Ok(Session {
+            held: model.budget().hold(plan.scratch)?,
+            state: State::new(&model.config, model.budget())?,
             scratch: model.scratch(),
             head: Input::default(),
             logits: Vec::new(),
@@ -72,7 +76,7 @@ impl Session {
             broken: false,
             profile: None,
             model,
-        }
+        })
     }
 
     /// The tokens fed so far.
@@ -177,7 +181,10 @@ impl Session {
 
     fn reserve_logits(&mut self, rows: usize) -> Result<()> {
         let n = rows * self.model.config.vocab_size;
-        self.logits.try_reserve(n).map_err(|_| Error::Memory { bytes: 4 * n })
+        let needs = self.model.needs();
+        let others = needs.plan(self.model.context).scratch - needs.rows(1);
+        self.held.grow_to(others + needs.rows(rows))?;
+        self.logits.try_reserve_exact(n).map_err(|_| Error::Memory { bytes: 4 * n })
     }
 
     /// Computes the logits that were put off.
@@ -310,7 +317,7 @@ impl Session {
             return Err(Error::Internal("the session is unusable after an internal error".into()));
         }
         self.state.commit();
-        Ok(Snapshot { model: self.model.clone(), state: self.state.clone() })
+        Ok(Snapshot { model: self.model.clone(), state: self.state.copy()? })
     }
 
     /// Returns to a snapshot of this or another session of the same model.
@@ -318,7 +325,7 @@ impl Session {
         if !Arc::ptr_eq(&self.model, &snapshot.model) {
             return Err(Error::Argument("the snapshot belongs to another model".into()));
         }
-        self.state = snapshot.state.clone();
+        self.state.set(&snapshot.state);
         self.forget_logits();
         self.broken = false;
         Ok(())
@@ -326,7 +333,7 @@ impl Session {
 
     /// Returns to the state before the first token.
     pub fn reset(&mut self) {
-        self.state = State::new(&self.model.config);
+        self.state.reset(&self.model.config);
         self.forget_logits();
         self.broken = false;
     }

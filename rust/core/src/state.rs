@@ -1,5 +1,6 @@
 //! What a session remembers of its tokens: data only.
 
+use crate::budget::{Budget, Held};
 use crate::error::Result;
 use crate::kernels::attention_q8::Q8Positions;
 use crate::kernels::delta_rule::{PendingKeys, ValueHead};
@@ -7,6 +8,7 @@ use crate::model::config::{Config, LayerType};
 use crate::quant::Format;
 use crate::simd::LANES;
 use crate::tensor::filled;
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Positions of a chunk of the KV cache, the unit in which it grows.
@@ -33,7 +35,7 @@ impl KeyHead {
                 .chain(std::iter::repeat_n(d_v, per_key))
                 .map(|channels| vec![0.0; history * channels])
                 .collect(),
-            pending: PendingKeys::default(),
+            pending: PendingKeys::new(d_k),
             values: vec![ValueHead::new(d_k, d_v); per_key],
         }
     }
@@ -114,18 +116,61 @@ impl KvChunk {
     }
 }
 
-/// KV cache of one head. Snapshots share its chunks; a chunk is copied when it is written while
-/// shared.
+/// A chunk with the bytes that it holds of the model's budget.
+pub struct HeldChunk {
+    chunk: KvChunk,
+    _held: Held,
+}
+
+impl Deref for HeldChunk {
+    type Target = KvChunk;
+    fn deref(&self) -> &KvChunk {
+        &self.chunk
+    }
+}
+
+impl DerefMut for HeldChunk {
+    fn deref_mut(&mut self) -> &mut KvChunk {
+        &mut self.chunk
+    }
+}
+
+/// KV cache of one head. Snapshots share its chunks; [`KvHead::grow`] copies a shared chunk before
+/// it is written.
 #[derive(Clone, Default)]
 pub struct KvHead {
-    pub chunks: Vec<Arc<KvChunk>>,
+    pub chunks: Vec<Arc<HeldChunk>>,
 }
 
 impl KvHead {
-    /// Makes room for positions below `n`.
-    pub fn grow(&mut self, n: usize, format: KvFormat, head_dim: usize) -> Result<()> {
-        while self.chunks.len() * KV_CHUNK < n {
-            self.chunks.push(Arc::new(KvChunk::new(format, head_dim)?));
+    /// Chunks that [`KvHead::grow`] allocates.
+    fn missing(&self, past: usize, n: usize) -> usize {
+        let written = past / KV_CHUNK..n.div_ceil(KV_CHUNK);
+        let shared = |i: &usize| self.chunks.get(*i).is_none_or(|c| Arc::strong_count(c) > 1);
+        written.filter(shared).count()
+    }
+
+    /// Makes room for positions from `past`, which all before are stored, to below `n`. held: the
+    /// bytes of the chunks that this allocates.
+    pub fn grow(
+        &mut self,
+        (past, n): (usize, usize),
+        format: KvFormat,
+        head_dim: usize,
+        held: &mut Held,
+    ) -> Result<()> {
+        let mut hold = |chunk| {
+            let held = held.split(format.chunk_bytes(head_dim));
+            Arc::new(HeldChunk { chunk, _held: held })
+        };
+        for i in past / KV_CHUNK..n.div_ceil(KV_CHUNK) {
+            let Some(chunk) = self.chunks.get_mut(i) else {
+                self.chunks.push(hold(KvChunk::new(format, head_dim)?));
+                continue;
+            };
+            if Arc::get_mut(chunk).is_none() {
+                *chunk = hold(KvChunk::clone(chunk));
+            }
         }
         Ok(())
     }
@@ -137,6 +182,15 @@ pub enum LayerState {
     Linear(Vec<Mutex<KeyHead>>),
     /// By KV head.
     Full(Vec<KvHead>),
+}
+
+impl LayerState {
+    fn kv_heads(&mut self) -> &mut [KvHead] {
+        match self {
+            LayerState::Linear(_) => &mut [],
+            LayerState::Full(heads) => heads,
+        }
+    }
 }
 
 impl Clone for LayerState {
@@ -157,38 +211,58 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// State of all layers after some tokens.
-#[derive(Clone)]
 pub struct State {
     pub layers: Vec<LayerState>,
     pub tokens: Vec<i32>,
+    held: Held, // all but the chunks of the KV cache
 }
 
 impl State {
     /// The state before the first token.
-    pub fn new(config: &Config) -> State {
-        let layers = config.layer_types.iter().map(|layer| match layer {
-            LayerType::LinearAttention => LayerState::Linear(
-                (0..config.linear_num_key_heads)
-                    .map(|_| Mutex::new(KeyHead::new(config)))
-                    .collect(),
-            ),
-            LayerType::FullAttention => {
-                LayerState::Full(vec![KvHead::default(); config.num_key_value_heads])
-            }
-        });
-        State { layers: layers.collect(), tokens: Vec::new() }
+    pub fn new(config: &Config, budget: &Arc<Budget>) -> Result<State> {
+        let held = budget.hold(State::fixed_bytes(config))?;
+        Ok(State { layers: layers(config).collect(), tokens: Vec::new(), held })
     }
 
-    /// Makes room for `n` tokens in all.
+    /// A copy that shares the chunks of the KV cache.
+    pub fn copy(&self) -> Result<State> {
+        let held = self.held.again()?;
+        Ok(State { layers: self.layers.clone(), tokens: self.tokens.clone(), held })
+    }
+
+    /// Becomes equal to another state of the same model, whose chunks it shares.
+    pub fn set(&mut self, other: &State) {
+        self.layers.clone_from(&other.layers);
+        self.tokens.clone_from(&other.tokens);
+    }
+
+    /// Returns to the state before the first token.
+    pub fn reset(&mut self, config: &Config) {
+        self.layers.clear();
+        self.layers.extend(layers(config));
+        self.tokens.clear();
+    }
+
+    /// Makes room for `n` tokens in all; an error before any is taken if they exceed the budget.
     pub fn grow(&mut self, n: usize, format: KvFormat, head_dim: usize) -> Result<()> {
-        for layer in &mut self.layers {
-            if let LayerState::Full(heads) = layer {
-                for head in heads {
-                    head.grow(n, format, head_dim)?;
-                }
-            }
-        }
-        Ok(())
+        let past = self.tokens.len();
+        let heads = self.layers.iter_mut().flat_map(LayerState::kv_heads);
+        let missing: usize = heads.map(|head| head.missing(past, n)).sum();
+        let mut held = self.held.budget().hold(missing * format.chunk_bytes(head_dim))?;
+        let mut heads = self.layers.iter_mut().flat_map(LayerState::kv_heads);
+        heads.try_for_each(|head| head.grow((past, n), format, head_dim, &mut held))
+    }
+
+    /// Bytes of the recurrent and convolution states.
+    pub fn fixed_bytes(config: &Config) -> usize {
+        let heads = config.layers_of(LayerType::LinearAttention) * config.linear_num_key_heads;
+        heads * KeyHead::bytes_of(config)
+    }
+
+    /// Bytes of the KV cache with room for `n` tokens.
+    pub fn kv_bytes(config: &Config, format: KvFormat, n: usize) -> usize {
+        let heads = config.layers_of(LayerType::FullAttention) * config.num_key_value_heads;
+        heads * n.div_ceil(KV_CHUNK) * format.chunk_bytes(config.head_dim)
     }
 
     /// Adds what is pending to the recurrent states.
@@ -212,10 +286,30 @@ impl State {
     }
 }
 
+fn layers(config: &Config) -> impl Iterator<Item = LayerState> {
+    config.layer_types.iter().map(|layer| match layer {
+        LayerType::LinearAttention => LayerState::Linear(
+            (0..config.linear_num_key_heads).map(|_| Mutex::new(KeyHead::new(config))).collect(),
+        ),
+        LayerType::FullAttention => {
+            LayerState::Full(vec![KvHead::default(); config.num_key_value_heads])
+        }
+    })
+}
+
 impl KeyHead {
+    fn bytes_of(config: &Config) -> usize {
+        let (d_k, d_v) = (config.linear_key_head_dim, config.linear_value_head_dim);
+        let per_key = config.values_per_key();
+        let history = config.linear_conv_kernel_dim - 1;
+        let conv = 4 * history * (2 * d_k + per_key * d_v);
+        conv + PendingKeys::bytes_of(d_k) + per_key * ValueHead::bytes_of(d_k, d_v)
+    }
+
     fn bytes(&self) -> usize {
         let conv: usize = self.conv.iter().map(|c| 4 * c.len()).sum();
-        conv + self.values.iter().map(ValueHead::bytes).sum::<usize>()
+        let values: usize = self.values.iter().map(ValueHead::bytes).sum();
+        conv + self.pending.bytes() + values
     }
 }
 

@@ -40,6 +40,18 @@ impl Dtype {
         }
     }
 
+    /// The float type that config.json calls `name`.
+    pub fn float(name: &str) -> Result<Dtype> {
+        match name {
+            "bfloat16" => Ok(Dtype::Bf16),
+            "float16" => Ok(Dtype::F16),
+            "float32" => Ok(Dtype::F32),
+            _ => Err(Error::Unsupported(format!(
+                "config.json: `dtype` is \"{name}\", expected bfloat16, float16 or float32"
+            ))),
+        }
+    }
+
     pub fn is_float(self) -> bool {
         matches!(self, Dtype::Bf16 | Dtype::F16 | Dtype::F32)
     }
@@ -175,6 +187,12 @@ pub(crate) fn filled<T: Clone>(value: T, n: usize) -> Result<Vec<T>> {
     filled.try_reserve_exact(n).map_err(|_| Error::Memory { bytes: n * size_of::<T>() })?;
     filled.resize(n, value);
     Ok(filled)
+}
+
+/// Changes the length of a buffer without room to spare, as its plan counts it. New elements are zero.
+pub(crate) fn resize(buffer: &mut Vec<f32>, n: usize) {
+    buffer.reserve_exact(n.saturating_sub(buffer.len()));
+    buffer.resize(n, 0.0);
 }
 
 /// Converts little-endian floats, or blocks of a GGUF file, to f32. bytes: as many elements as `out` has.

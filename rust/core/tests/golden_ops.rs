@@ -1,6 +1,7 @@
 //! Every kernel against values of the reference implementation, on every instruction set.
 //! `tests/golden/README.md` says how they were made. Cases are found by name, none is listed here.
 
+use qdelta_core::budget::Budget;
 use qdelta_core::kernels::activation::{gates, swiglu};
 use qdelta_core::kernels::conv1d::conv1d_silu_isa;
 use qdelta_core::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead};
@@ -12,7 +13,7 @@ use qdelta_core::layers::linear::{Input, Matrix};
 use qdelta_core::pool::Pool;
 use qdelta_core::quant::Format;
 use qdelta_core::simd::{Cpu, Isa, Kernel};
-use qdelta_core::state::{KvFormat, KvHead};
+use qdelta_core::state::{KV_CHUNK, KvFormat, KvHead};
 use qdelta_core::tensor::Bytes;
 use qdelta_core::trace::Trace;
 use safetensors::SafeTensors;
@@ -231,7 +232,7 @@ fn delta_rule_file(name: &str) {
                 if let Some(initial) = &initial {
                     value.set_matrix(&initial[head * d_k * d_v..][..d_k * d_v], d_v);
                 }
-                let mut pending = PendingKeys::default();
+                let mut pending = PendingKeys::new(d_k);
                 let mut y = vec![0.0; tokens * d_v];
                 on!(cpu, q: &'a mut [f32] = &mut q, k: &'a mut [f32] = &mut k, v: &'a [f32] = &v,
                     gates: &'a [(f32, f32)] = &gates, value: &'a mut ValueHead = &mut value,
@@ -365,7 +366,9 @@ fn attention_block() {
                 let mut angles = Vec::new();
                 (past..past + call).for_each(|p| rope.angles([p; 3], &mut angles));
                 for head in &mut cache {
-                    head.grow(past + call, KvFormat::F32, dim).expect("memory");
+                    let bytes = (past + call).div_ceil(KV_CHUNK) * KvFormat::F32.chunk_bytes(dim);
+                    let mut held = Budget::new(None).hold(bytes).expect("no limit");
+                    head.grow((past, past + call), KvFormat::F32, dim, &mut held).expect("memory");
                 }
                 let mut input = Input::default();
                 input.reshape(call, hidden);

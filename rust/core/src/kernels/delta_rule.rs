@@ -46,6 +46,11 @@ struct Chunk {
 }
 
 impl KeyQueries {
+    /// Bytes on the heap for `tokens` tokens, at most.
+    pub fn bytes_of(tokens: usize, d_k: usize) -> usize {
+        tokens * (size_of::<Chunk>() + 4 * 2 * d_k)
+    }
+
     /// Takes normalised keys and queries. q, k: [tokens, d_k].
     #[inline(always)]
     pub fn fill_isa<S: Isa>(&mut self, s: S, d_k: usize, q: &[f32], k: &[f32]) {
@@ -74,25 +79,38 @@ impl KeyQueries {
 }
 
 /// The keys of the tokens that the state of a key head's value heads does not hold yet.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct PendingKeys {
     tokens: usize,
-    rows: Vec<f32>, // [d_k, 2, tokens], as in a chunk
+    rows: Vec<f32>, // [d_k, 2, tokens], as in a chunk, with room for the longest
 }
 
 impl PendingKeys {
+    /// None yet.
+    pub fn new(d_k: usize) -> PendingKeys {
+        PendingKeys { tokens: 0, rows: vec![0.0; 2 * MAX_CHUNK * d_k] }
+    }
+
     /// To be called when all value heads have taken `next`.
     pub fn advance(&mut self, next: &KeyQueries) {
         if let Some(last) = next.chunks.last() {
             self.tokens = last.tokens;
-            self.rows.clone_from(&last.rows);
+            self.rows[..last.rows.len()].copy_from_slice(&last.rows);
         }
     }
 
     /// To be called when all value heads have committed.
     pub fn clear(&mut self) {
         self.tokens = 0;
-        self.rows.clear();
+    }
+
+    /// Bytes on the heap.
+    pub fn bytes_of(d_k: usize) -> usize {
+        4 * 2 * MAX_CHUNK * d_k
+    }
+
+    pub fn bytes(&self) -> usize {
+        size_of_val(&self.rows[..])
     }
 }
 
@@ -251,6 +269,10 @@ impl ValueHead {
     }
 
     /// Bytes on the heap.
+    pub fn bytes_of(d_k: usize, d_v: usize) -> usize {
+        4 * padded(d_v) * (d_k + MAX_CHUNK)
+    }
+
     pub fn bytes(&self) -> usize {
         size_of_val(&self.state[..]) + size_of_val(&self.pending[..])
     }
@@ -404,7 +426,7 @@ mod tests {
                 }
                 for split in [vec![29], vec![1; 29], vec![1, 2, 3, 4, 5, 6, 7, 1], vec![3, 26]] {
                     let mut head = ValueHead::new(d_k, d_v);
-                    let mut pending = PendingKeys::default();
+                    let mut pending = PendingKeys::new(d_k);
                     let mut y = vec![f32::NAN; tokens * d_v];
                     let mut at = 0;
                     for n in split {

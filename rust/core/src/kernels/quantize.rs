@@ -63,6 +63,12 @@ impl QuantTile {
         self.tokens
     }
 
+    /// Bytes on the heap for rows of `cols` columns.
+    pub fn bytes_of(tokens: usize, cols: usize) -> usize {
+        let padded = tokens * cols.next_multiple_of(BLOCK);
+        padded + 3 * 4 * padded / GROUP
+    }
+
     /// Quantises rows. x: [tokens, cols]; columns are padded with zeros to a whole block.
     pub fn quantize(&mut self, cpu: Cpu, x: &[f32], cols: usize) {
         assert!(cols > 0 && x.len().is_multiple_of(cols));

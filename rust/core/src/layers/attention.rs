@@ -11,11 +11,13 @@ use crate::kernels::activation::sigmoid;
 use crate::kernels::attention::{Partial, ROWS, attend_isa};
 use crate::kernels::attention_q8::{self, Q8Rows};
 use crate::kernels::{load_some, norm, rope, store_some};
+use crate::model::config::Config;
 use crate::profile::Part;
 use crate::quant::Format;
 use crate::quant::float::{F16, F32};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use crate::state::{KV_CHUNK, KvChunk, KvHead, lock};
+use crate::tensor::resize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -89,7 +91,7 @@ impl Attention {
         x.prepare(norms, &matrices);
         let width: usize = matrices.iter().map(|m| m.width()).sum();
         let tokens = x.tokens();
-        projected.resize(tokens * width, 0.0);
+        resize(projected, tokens * width);
         project(products, &matrices, x, false, projected);
         self.trace_projections(ctx, width, projected);
 
@@ -137,7 +139,7 @@ impl Attention {
             // Each unit of a few chunks leaves its maxima, sums and vectors; the caller joins them.
             let splits = n_chunks.div_ceil(SPLIT_CHUNKS);
             let row = self.heads.queries_per_kv * (self.heads.dim + 2);
-            parts.resize(splits * tokens * self.heads.kv * row, 0.0);
+            resize(parts, splits * tokens * self.heads.kv * row);
             let parts_width = self.heads.kv * row;
             ctx.run_tiles(parts, parts_width, (tokens, row), init, |scratch, mut y| {
                 let (kv, split) = (y.cols().start / row, y.rows().start / tokens);
@@ -201,7 +203,8 @@ impl Attention {
                 let width = self.heads.kv * dim;
                 trace.layer_part("k_rope", width, head * dim, std::iter::once((t, &key[..])));
             }
-            let chunk = Arc::make_mut(&mut cache.chunks[position / KV_CHUNK]);
+            let chunk = Arc::get_mut(&mut cache.chunks[position / KV_CHUNK])
+                .expect("the cache grew for these positions, so nobody shares their chunks");
             chunk.put(ctx.cpu, position % KV_CHUNK, &key, &row[v_col..v_col + dim]);
         }
     }
@@ -215,6 +218,13 @@ impl Attention {
             first += matrix.width();
         }
     }
+}
+
+/// Elements of what units of a few chunks leave to be joined, of few tokens among `positions`.
+pub fn parts_len(config: &Config, positions: usize) -> usize {
+    let splits = positions.div_ceil(KV_CHUNK).div_ceil(SPLIT_CHUNKS);
+    let row = config.num_attention_heads * (config.head_dim + 2);
+    if splits > 1 { splits * FEW_TOKENS * row } else { 0 }
 }
 
 impl KvChunk {
@@ -258,6 +268,14 @@ impl KvChunk {
 }
 
 impl TileScratch {
+    /// Bytes on the heap.
+    pub fn bytes_of(config: &Config) -> usize {
+        let dim = config.head_dim;
+        let queries = config.num_attention_heads / config.num_key_value_heads;
+        let rows = (TILE_TOKENS * queries).next_multiple_of(ROWS);
+        4 * (rows * (dim + dim.next_multiple_of(LANES)) + ROWS * KV_CHUNK)
+    }
+
     /// Fills `queries_q8` from `queries`.
     #[inline(always)]
     fn quantize_queries_isa<S: Isa>(&mut self, s: S, dim: usize) {
@@ -301,7 +319,7 @@ impl Kernel for Attend<'_> {
         unit.load_queries(scratch);
         let groups = scratch.partials.len();
         scratch.scores.resize(ROWS * KV_CHUNK, 0.0);
-        if let Some(KvChunk::Q8(_)) = unit.cache.chunks.first().map(|chunk| &**chunk) {
+        if let Some(KvChunk::Q8(_)) = unit.cache.chunks.first().map(|chunk| &***chunk) {
             scratch.quantize_queries_isa(s, dim);
         }
         for (c, chunk) in unit.chunks.clone().zip(&unit.cache.chunks[unit.chunks.clone()]) {
@@ -317,7 +335,7 @@ impl Kernel for Attend<'_> {
                 }
                 let q = &scratch.queries[group * dim..][..dim];
                 let (scores, partial) = (&mut scratch.scores, &mut scratch.partials[group]);
-                match &**chunk {
+                match &***chunk {
                     KvChunk::Float { format: Format::F16, k, v } => {
                         attend_isa::<S, F16>(s, q, k, v, &seen, scores, partial)
                     }

@@ -1,11 +1,13 @@
 //! One decoder layer: x += mixer(norm(x)); x += mlp(norm(x)).
 
 use super::Context;
-use super::attention::{Attention, Positions, TileScratch};
+use super::attention::{self, Attention, Positions, TileScratch};
 use super::gated_delta_net::{GatedDeltaNet, UnitScratch};
 use super::linear::Input;
 use super::mlp::Mlp;
+use crate::model::config::Config;
 use crate::profile::Part;
+use crate::quant::PANEL_ROWS;
 use crate::state::LayerState;
 use std::sync::Mutex;
 
@@ -47,6 +49,27 @@ impl Scratch {
             units: super::gated_delta_net::units(threads),
             tiles: super::attention::tiles(threads),
         }
+    }
+
+    /// Bytes on the heap for pieces of `tokens` tokens in a sequence of `positions`.
+    ///
+    /// quantised: whether matrices read activations of eight bits.
+    pub fn bytes_of(
+        config: &Config,
+        (tokens, positions): (usize, usize),
+        threads: usize,
+        quantised: bool,
+    ) -> usize {
+        let (hidden, head) = (config.hidden_size, config.head_dim);
+        let input = |cols| Input::bytes_of(tokens, cols, quantised);
+        let gates = config.linear_num_value_heads.next_multiple_of(PANEL_ROWS);
+        let (q, kv) = (config.num_attention_heads * head, config.num_key_value_heads * head);
+        let projected = (config.conv_dim() + config.value_dim() + 2 * gates).max(2 * (q + kv));
+        let rows =
+            input(hidden) + input(config.value_dim().max(q)) + input(config.intermediate_size);
+        let floats = tokens * (hidden + projected) + attention::parts_len(config, positions);
+        let thread = UnitScratch::bytes_of(config) + TileScratch::bytes_of(config);
+        rows + 4 * floats + threads * thread
     }
 }
 

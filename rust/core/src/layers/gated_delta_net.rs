@@ -11,10 +11,12 @@ use crate::kernels::activation::gates;
 use crate::kernels::conv1d::conv1d_silu_isa;
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
 use crate::kernels::norm::{gated_rms_norm_isa, l2_norm_isa};
+use crate::model::config::Config;
 use crate::pool::Tile;
 use crate::profile::Part;
 use crate::simd::{Isa, Kernel};
 use crate::state::{KeyHead, lock};
+use crate::tensor::resize;
 use crate::trace::Trace;
 use std::sync::Mutex;
 
@@ -83,6 +85,15 @@ pub struct UnitScratch {
     key_queries: KeyQueries,
 }
 
+impl UnitScratch {
+    /// Bytes on the heap.
+    pub fn bytes_of(config: &Config) -> usize {
+        let (d_k, d_v) = (config.linear_key_head_dim, config.linear_value_head_dim);
+        let row = 2 * d_k + (config.values_per_key() + 1) * d_v + 2;
+        4 * MAX_TOKENS * row + KeyQueries::bytes_of(MAX_TOKENS, d_k)
+    }
+}
+
 impl GatedDeltaNet {
     fn projections(&self) -> [&Matrix; 4] {
         [&self.in_proj_qkv, &self.in_proj_z, &self.in_proj_b, &self.in_proj_a]
@@ -107,7 +118,7 @@ impl GatedDeltaNet {
         x.prepare(norms, &matrices);
         let width: usize = matrices.iter().map(|m| m.width()).sum();
         let tokens = x.tokens();
-        projected.resize(tokens * width, 0.0);
+        resize(projected, tokens * width);
         project(products, &matrices, x, false, projected);
         self.trace_projections(ctx, width, projected);
 

@@ -6,7 +6,7 @@ use crate::kernels::{matmul, norm, planes};
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::w8_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
-use crate::tensor::Bytes;
+use crate::tensor::{Bytes, resize};
 use std::ops::Range;
 
 /// Weights [rows, cols] in some format.
@@ -106,11 +106,17 @@ impl Input {
     /// Takes the shape [tokens, cols]; the rows are whatever they were.
     pub fn reshape(&mut self, tokens: usize, cols: usize) {
         (self.tokens, self.cols) = (tokens, cols);
-        self.rows.resize(tokens * cols, 0.0);
+        resize(&mut self.rows, tokens * cols);
     }
 
     pub fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// Bytes on the heap for rows of `cols` columns.
+    pub fn bytes_of(tokens: usize, cols: usize, quantised: bool) -> usize {
+        let codes = if quantised { QuantTile::bytes_of(tokens, cols) } else { 0 };
+        4 * tokens * cols + codes
     }
 
     /// Becomes the RMS norm of x: [tokens, w.len()].

@@ -1,9 +1,11 @@
 //! The whole model: embedding, layers, final norm, head.
 
 use super::checkpoint::Checkpoint;
-use super::config::{Config, LayerType};
+use super::config::Config;
+use super::memory::{MemoryPlan, Needs, Stored};
 use super::weights::{Source, Weights};
-use crate::error::{Error, Result};
+use crate::budget::{Budget, Held};
+use crate::error::Result;
 use crate::kernels::rope::Rope;
 use crate::layers::Context;
 use crate::layers::attention::Positions;
@@ -12,10 +14,10 @@ use crate::layers::head::{self, Head, Screened};
 use crate::layers::linear::{Input, project};
 use crate::pool::Pool;
 use crate::profile::{Part, Profile};
-use crate::quant::{Format, Quant};
+use crate::quant::Quant;
 use crate::simd::Cpu;
-use crate::state::{KV_CHUNK, KvFormat, State};
-use crate::threads;
+use crate::state::{KvFormat, State};
+use crate::tensor::resize;
 use crate::trace::Trace;
 use std::sync::Arc;
 
@@ -34,6 +36,8 @@ pub struct Options {
     pub cpu: Option<Cpu>,
     /// How sessions find the best tokens.
     pub head: Head,
+    /// Bytes that the weights, sessions and snapshots may take together, see [`super::memory`].
+    pub memory_limit: Option<usize>,
 }
 
 /// A loaded model: immutable, shared by its sessions.
@@ -48,6 +52,8 @@ pub struct Model {
     pub head: Head,
     pub(crate) pool: Pool,
     weights: Weights,
+    stored: Stored,
+    held: Held, // the bytes of the weights
     rope: Rope,
     source: Arc<dyn Source>,
 }
@@ -58,16 +64,6 @@ pub enum Rows {
     None,
     Last,
     All,
-}
-
-/// Bytes that a session of some length takes, beside the weights.
-pub struct MemoryPlan {
-    /// Weights that a decoded token reads: layers and head.
-    pub weights: usize,
-    pub kv: usize,
-    pub state: usize,
-    /// Work buffers of a prefill piece.
-    pub scratch: usize,
 }
 
 /// Tokens that go through the layers together, at most.
@@ -92,26 +88,20 @@ impl Model {
             Some(factor) => config.with_yarn(factor)?,
             None => config,
         };
-        let most = config.context();
-        let context = options.context.unwrap_or(most);
-        if context == 0 || context > most {
-            return Err(Error::Argument(format!(
-                "context is {context}, expected 1 to {most} (a larger YaRN factor extends it)"
-            )));
-        }
-        let threads = threads::checked(options.threads.unwrap_or_else(threads::default_threads))?;
+        let stored = Stored::of_source(&config, quant, &*source)?;
+        let needs = Needs::new(&config, stored, &options)?;
+        let context = needs.context(&options)?;
+        let Needs { kv, head, threads, .. } = needs;
         let cpu = match (options.cpu, std::env::var("QDELTA_ISA")) {
             (Some(cpu), _) => cpu,
             (None, Ok(name)) if !name.is_empty() => Cpu::named(&name)?,
             _ => Cpu::best(),
         };
-        let weights = Weights::bind(&config, &*source)?;
-        let exact = !weights.matrices().any(|matrix| matrix.format.is_quantised());
-        let kv = options.kv.unwrap_or(if exact { KvFormat::F32 } else { KvFormat::F16 });
-        let in_planes = weights.lm_head.format == Format::W8Planes;
         Ok(Model {
-            head: if in_planes { options.head } else { Head::Full },
-            weights,
+            weights: Weights::bind(&config, &*source)?,
+            head,
+            stored,
+            held: Budget::new(options.memory_limit).hold(stored.bytes)?,
             rope: Rope::new(
                 config.rope.theta,
                 config.rope.rotary_dim,
@@ -132,6 +122,11 @@ impl Model {
         self.pool.threads()
     }
 
+    /// What counts the bytes that the weights, sessions and snapshots hold.
+    pub fn budget(&self) -> &Arc<Budget> {
+        self.held.budget()
+    }
+
     /// Work buffers for [`Model::forward`].
     pub fn scratch(&self) -> Scratch {
         Scratch::new(self.threads())
@@ -142,32 +137,15 @@ impl Model {
         self.source.check_unchanged()
     }
 
+    /// What decides how much memory sessions take.
+    pub(crate) fn needs(&self) -> Needs<'_> {
+        let Model { config, stored, kv, head, .. } = self;
+        Needs { config, stored: *stored, kv: *kv, head: *head, threads: self.threads() }
+    }
+
     /// Bytes for a session of `context` tokens.
     pub fn memory_plan(&self, context: usize) -> MemoryPlan {
-        let config = &self.config;
-        let full = config.layers_of(LayerType::FullAttention);
-        let linear = config.layers_of(LayerType::LinearAttention);
-        let heads = full * config.num_key_value_heads * context.div_ceil(KV_CHUNK);
-        let recurrent = config.linear_num_value_heads
-            * config.linear_key_head_dim
-            * config.linear_value_head_dim.next_multiple_of(16);
-        let conv = (config.linear_conv_kernel_dim - 1) * config.conv_dim();
-        let hidden = config.hidden_size;
-        let mixer = (config.conv_dim() + 2 * config.value_dim()).max(
-            (3 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim,
-        );
-        // Residual, normed input and its codes; the mixer's projections and output; the MLP's
-        // hidden rows and their codes; f32 with a byte of code.
-        let row =
-            4 * (2 * hidden + mixer + config.intermediate_size) + hidden + config.intermediate_size;
-        // Logits; estimates and variances.
-        let rows = if self.head == Head::Full { 1 } else { 3 };
-        MemoryPlan {
-            weights: self.weight_bytes(),
-            kv: heads * self.kv.chunk_bytes(config.head_dim),
-            state: linear * 4 * (recurrent + conv),
-            scratch: PIECE.min(context) * row + 4 * rows * config.vocab_size,
-        }
+        self.needs().plan(context)
     }
 
     /// Bytes of weights that a decoded token reads.
@@ -201,7 +179,7 @@ impl Model {
         let hidden = self.config.hidden_size;
         let past = state.tokens.len();
 
-        scratch.x.resize(tokens.len() * hidden, 0.0);
+        resize(&mut scratch.x, tokens.len() * hidden);
         for (x, token) in scratch.x.chunks_exact_mut(hidden).zip(tokens) {
             self.weights.embed_tokens.row(*token as usize, x);
         }

@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod forward;
 pub mod gguf;
+pub mod memory;
 pub mod recipe;
 pub mod synthetic;
 pub mod tensors;

@@ -2,6 +2,7 @@
 
 use super::checkpoint::Checkpoint;
 use super::config::{Config, LayerType};
+use super::recipe::coded_name;
 use crate::error::{Error, Result};
 use crate::files::Convention;
 use crate::layers::attention::{self, Attention};
@@ -83,35 +84,39 @@ impl Weights {
     }
 }
 
+fn find(source: &dyn Source, name: &str) -> Result<Tensor> {
+    source.tensor(name).ok_or_else(|| Error::File(format!("tensor `{name}` is missing")))
+}
+
+/// The matrix that the table calls `name`, and the format in which the source has it.
+pub fn find_matrix(source: &dyn Source, name: &str) -> Result<(Format, Tensor)> {
+    for format in Format::all_quantised() {
+        if let Some(tensor) = source.tensor(&coded_name(name, format)) {
+            return Ok((format, tensor));
+        }
+    }
+    let tensor = find(source, name)?;
+    let format = tensor.dtype.format().ok_or_else(|| {
+        let dtype = tensor.dtype.name();
+        Error::File(format!("tensor `{name}`: dtype {dtype}, expected a float"))
+    })?;
+    Ok((format, tensor))
+}
+
 struct Binder<'a> {
     config: &'a Config,
     source: &'a dyn Source,
 }
 
 impl Binder<'_> {
-    fn find(&self, name: &str) -> Result<Tensor> {
-        self.source.tensor(name).ok_or_else(|| Error::File(format!("tensor `{name}` is missing")))
-    }
-
     /// The matrix `name`, in whatever format the source has it.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        for format in Format::all_quantised() {
-            if let Some(tensor) = self.source.tensor(&format!("{name}.{}", format.name())) {
-                return Ok(Matrix { format, rows, cols, bytes: tensor.bytes });
-            }
-        }
-        let tensor = self.find(&format!("{name}.weight"))?;
-        let format = tensor.dtype.format().ok_or_else(|| {
-            Error::File(format!(
-                "tensor `{name}.weight`: dtype {}, expected a float",
-                tensor.dtype.name()
-            ))
-        })?;
+        let (format, tensor) = find_matrix(self.source, &format!("{name}.weight"))?;
         Ok(Matrix { format, rows, cols, bytes: tensor.bytes })
     }
 
     fn vector(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.find(name)?.to_f32())
+        Ok(find(self.source, name)?.to_f32())
     }
 
     /// A norm weight that a checkpoint stores around zero: 1 + w.
