@@ -21,6 +21,7 @@ from .errors import (
     Error,
     FileAccessError,
     FileError,
+    MemoryLimitError,
     UnsupportedError,
 )
 
@@ -29,7 +30,19 @@ if TYPE_CHECKING:
     from .keep import export, pull
     from .llm import Model
     from .loading import load
-    from .results import Completion, Event, Message, Perplexity, Score, Screening, Timings, Usage
+    from .planning import MemoryPlan, plan
+    from .results import (
+        Comparison,
+        Completion,
+        Event,
+        Message,
+        Perplexity,
+        Score,
+        Screening,
+        Timings,
+        Usage,
+        WorstToken,
+    )
     from .sampling import Sampling
     from .session import Session
     from .stream import AsyncStream, Stream
@@ -39,8 +52,10 @@ if TYPE_CHECKING:
 # Name -> module, imported at first use: numpy and the extension take longer than all the rest.
 _HOMES = {
     "AsyncStream": "stream",
+    "Comparison": "results",
     "Completion": "results",
     "Event": "results",
+    "MemoryPlan": "planning",
     "Message": "results",
     "Model": "llm",
     "Perplexity": "results",
@@ -54,9 +69,11 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "Usage": "results",
     "Verification": "verification",
+    "WorstToken": "results",
     "export": "keep",
     "instruction_sets": "_native",
     "load": "loading",
+    "plan": "planning",
     "pull": "keep",
     "verify": "verification",
 }
@@ -64,12 +81,15 @@ _HOMES = {
 __all__ = [
     "ArgumentError",
     "AsyncStream",
+    "Comparison",
     "Completion",
     "ContextError",
     "Error",
     "Event",
     "FileAccessError",
     "FileError",
+    "MemoryLimitError",
+    "MemoryPlan",
     "Message",
     "Model",
     "Perplexity",
@@ -84,10 +104,12 @@ __all__ = [
     "UnsupportedError",
     "Usage",
     "Verification",
+    "WorstToken",
     "__version__",
     "export",
     "instruction_sets",
     "load",
+    "plan",
     "pull",
     "verify",
 ]

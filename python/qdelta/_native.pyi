@@ -124,7 +124,11 @@ class Model:
         kv: str = "auto",
         isa: str | None = None,
         head: str = "full",
-    ) -> Model: ...
+        memory_limit: int | None = None,
+    ) -> Model:
+        """memory_limit: bytes that weights, sessions and snapshots may hold together; without
+        `context` the largest that fits is taken. Raises MemoryLimitError."""
+
     @staticmethod
     def synthetic(
         config_json: str,
@@ -136,6 +140,7 @@ class Model:
         kv: str = "auto",
         isa: str | None = None,
         head: str = "full",
+        memory_limit: int | None = None,
     ) -> Model:
         """A model of random weights at the shapes of `config_json`, for measurements."""
 
@@ -178,11 +183,44 @@ class Model:
     def head_bytes(self) -> int:
         """Those of `weight_bytes` that the head reads."""
 
-    def memory_plan(self, context: int) -> dict[str, int]:
-        """Bytes by purpose, "weights", "kv", "state", "scratch", for a session of `context`."""
+    @property
+    def memory_held(self) -> int:
+        """Bytes that weights, sessions and snapshots hold now, of what a limit would allow."""
+
+    def memory_plan(self, context: int) -> MemoryPlan:
+        """What the weights and a session of `context` tokens take."""
 
     def session(self) -> Session:
-        """A new, empty timeline."""
+        """A new, empty timeline. Raises MemoryLimitError."""
+
+@final
+class MemoryPlan:
+    """Bytes by purpose."""
+
+    context: int  # tokens of a session
+    kv_format: str  # "f16", "f32" or "q8"
+    weights: int  # all tensors of the text model
+    kv: int  # attention cache of a session
+    state: int  # recurrent and convolution states of a session
+    scratch: int  # work buffers of a session
+
+def memory_plan(
+    model: Checkpoint | str,
+    *,
+    quant: str,
+    dtype: str = "bfloat16",
+    context: int | None = None,
+    yarn: float | None = None,
+    threads: int | None = None,
+    kv: str = "auto",
+    head: str = "full",
+    memory_limit: int | None = None,
+) -> MemoryPlan:
+    """What a model converted to `quant` takes, as `Model` would with the same settings.
+
+    model: its checkpoint, or the text of its config.json, whose weights have the type `dtype`
+    ("bfloat16", "float16", "float32"). Raises MemoryLimitError as `Model` does.
+    """
 
 @final
 class Session:
@@ -197,7 +235,8 @@ class Session:
         """Append tokens.
 
         tokens: int32 [n]. logits: which rows go through the head, "none", "last" or "all".
-        Raises ContextError or ArgumentError (ids outside the vocabulary) before anything changes.
+        Raises ContextError, MemoryLimitError or ArgumentError (ids outside the vocabulary) before
+        anything changes.
         """
 
     def logits(self) -> NDArray[np.float32]:
@@ -229,7 +268,7 @@ class Session:
         """
 
     def snapshot(self) -> Snapshot:
-        """The exact state, to return to later."""
+        """The exact state, to return to later. Raises MemoryLimitError."""
 
     def restore(self, snapshot: Snapshot) -> None: ...
     def reset(self) -> None:

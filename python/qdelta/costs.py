@@ -16,8 +16,8 @@ def decode_bytes(model: _native.Model, depth: int) -> dict[str, int]:
     plan = model.memory_plan(max(depth, 1))
     return {
         "matrices": model.weight_bytes - model.head_bytes,
-        "delta_rule": 2 * plan["state"],
-        "attention": plan["kv"] if depth else 0,
+        "delta_rule": 2 * plan.state,
+        "attention": plan.kv if depth else 0,
         "head": model.head_bytes,
     }
 

@@ -13,6 +13,7 @@ __all__ = [
     "Error",
     "FileAccessError",
     "FileError",
+    "MemoryLimitError",
     "UnsupportedError",
 ]
 
@@ -54,3 +55,19 @@ class ContextError(Error, ValueError):
 
     def __str__(self) -> str:
         return f"{self.needed} tokens needed, the context holds {self.available}"
+
+
+class MemoryLimitError(Error, MemoryError):
+    """More memory is needed than `memory_limit` allows.
+
+    needed: bytes that the model, its sessions and their snapshots would hold. limit: bytes that
+    they may. The text says what takes them, and when loading what would fit.
+    """
+
+    def __init__(self, text: str, needed: int, limit: int) -> None:
+        super().__init__(text, needed, limit)
+        self.needed = needed
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from . import _native, weights
+from . import _native, planning, weights
 from .errors import ArgumentError
 from .llm import Model
+from .memory import parse_bytes
 from .options import canonical
 from .source import locate, tokenizer_files
 from .tokenizer import Tokenizer
@@ -29,7 +30,7 @@ _SYNONYMS = {
 }
 _NAMES = frozenset(
     {"quant", "ctx", "yarn", "threads", "kv", "isa", "head", "cache", "offline", "progress"}
-    | {"revision"}
+    | {"revision", "memory_limit"}
 )
 
 
@@ -44,6 +45,7 @@ def load(
     kv: str = "auto",
     isa: str | None = None,
     head: str = "full",
+    memory_limit: int | str | None = None,
     cache: str | Path | Literal[False] | None = None,
     offline: bool = False,
     progress: bool | None = None,
@@ -74,15 +76,21 @@ def load(
     head's bytes, in quantised weights, for greedy choices and top_k up to 256 without
     processors; anything else is computed in full. A candidate may be missed, with odds that
     `Model.screening` measures; those found have the same logits.
+    memory_limit: bytes, or a text like "6 GB" or "6GiB", that weights, sessions and snapshots may
+    take together; the interpreter and the tokenizer are not counted. With ctx=None the largest
+    context that fits is chosen, see `Model.context`. What would exceed it raises MemoryLimitError
+    before it is taken: loading, if a session of `ctx` tokens does not fit, and later a session, a
+    snapshot, or more tokens. `qdelta.plan` tells beforehand what a model takes.
     cache: folder for converted files; False converts into memory at each load.
     offline: touch no network.
     progress: show progress bars; None: if the output is a terminal.
 
-    Raises FileError, FileAccessError, UnsupportedError or ArgumentError.
+    Raises FileError, FileAccessError, UnsupportedError, ArgumentError or MemoryLimitError.
     """
     given: dict[str, Any] = {
         "revision": revision, "quant": quant, "ctx": ctx, "yarn": yarn, "threads": threads,
-        "kv": kv, "isa": isa, "head": head, "cache": cache, "offline": offline,
+        "kv": kv, "isa": isa, "head": head, "memory_limit": memory_limit, "cache": cache,
+        "offline": offline,
         "progress": progress,
     }  # fmt: skip
     defaults = {"quant": "auto", "kv": "auto", "head": "full", "offline": False}
@@ -104,6 +112,7 @@ def _load(
     kv: str,
     isa: str | None,
     head: str,
+    memory_limit: int | str | None,
     cache: str | Path | Literal[False] | None,
     offline: bool,
     progress: bool | None,
@@ -111,12 +120,19 @@ def _load(
     started = time.perf_counter()
     _check_count("ctx", ctx)
     _check_count("threads", threads)
+    core: dict[str, Any] = {"context": ctx, "yarn": yarn, "threads": threads, "kv": kv, "head": head}
+    if memory_limit is not None:
+        core["memory_limit"] = parse_bytes(memory_limit, "memory_limit")
+        # Before weights are fetched and converted, which may take long.
+        weights.check_quant(quant)
+        source = planning.open_source(
+            model, revision=revision, cache=cache or None, offline=offline
+        )
+        source.plan(quant=source.resolve_quant(quant), **core)
     path = locate(model, revision=revision, offline=offline, cache=cache or None, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)
-    native = _native.Model(
-        checkpoint, context=ctx, yarn=yarn, threads=threads, kv=kv, isa=isa, head=head
-    )
+    native = _native.Model(checkpoint, isa=isa, **core)
     return Model(
         native,
         Tokenizer.from_files(files),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RECIPES = ("balanced", "small", "best", "w8", "w4")
+DEFAULT = RECIPES[0]
 QUANTS = ("auto", "none", *RECIPES, "gguf")
 
 # Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
@@ -52,20 +53,10 @@ def open_model(
 
     Raises FileError, UnsupportedError, FileAccessError, or ArgumentError for an unknown quant.
     """
-    if quant not in QUANTS:
-        raise ArgumentError(f"quant is {quant!r}, expected one of: {', '.join(QUANTS)}")
+    check_quant(quant)
     source = _native.Checkpoint(os.fspath(path))
-    if source.quant != "none":
-        if quant not in ("auto", source.quant):
-            raise UnsupportedError(
-                f"{path}: is already converted to {source.quant}, {quant!r} was asked for; "
-                "convert the original checkpoint, which `qdelta pull` fetches"
-            )
-        return source
-    if quant == "auto":
-        size = sum(size for _, _, _, size, _ in source.tensors())
-        quant = "none" if size < SMALL_BYTES else automatic(source)
-    if quant == "none":
+    quant = resolve_quant(source, path, quant)
+    if quant == source.quant:
         return source
     if cache is False:
         return _convert(source, path, None, progress, quant=quant, threads=threads)
@@ -81,6 +72,30 @@ def open_model(
         with _cache_errors(out):
             out.unlink(missing_ok=True)  # stale, or damaged beyond recognition
         return _convert(source, path, os.fspath(out), progress, quant=quant, threads=threads)
+
+
+def check_quant(quant: str) -> None:
+    """Raise ArgumentError unless `quant` is the name of a format, or "auto"."""
+    if quant not in QUANTS:
+        raise ArgumentError(f"quant is {quant!r}, expected one of: {', '.join(QUANTS)}")
+
+
+def resolve_quant(source: _native.Checkpoint, path: str | Path, quant: str) -> str:
+    """The format that `quant` means for `source`, which was opened from `path`.
+
+    Raises UnsupportedError if it cannot be converted to that.
+    """
+    if source.quant != "none" and quant not in ("auto", source.quant):
+        raise UnsupportedError(
+            f"{path}: is already converted to {source.quant}, {quant!r} was asked for; "
+            "convert the original checkpoint, which `qdelta pull` fetches"
+        )
+    if quant != "auto":
+        return quant
+    if source.quant != "none":
+        return source.quant
+    small = sum(entry[3] for entry in source.tensors()) < SMALL_BYTES
+    return "none" if small else automatic(source)
 
 
 def convert(
@@ -156,7 +171,7 @@ def convert_to_gguf(
 def automatic(source: _native.Checkpoint) -> str:
     """The recipe that a checkpoint is converted by if nobody says."""
     quantised = any(dtype not in _FLOATS for _, dtype, _, _, _ in source.tensors())
-    return "gguf" if quantised else "balanced"
+    return "gguf" if quantised else DEFAULT
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:

@@ -1,0 +1,171 @@
+"""How much memory a model will take, told before it is fetched, converted or loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import _native, weights
+from .errors import ArgumentError, FileError
+from .memory import parse_bytes, size_text, usable_memory
+from .sizes import parameters
+from .source import locate
+
+# A tokenizer's tables, for each token of the vocabulary: measured with the released one.
+_TOKENIZER_BYTES = 800
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes that a model takes with some sessions, by purpose; `str()` gives a table.
+
+    The interpreter, and what a caller keeps of logits, is not in it.
+    """
+
+    model: str
+    quant: str  # what the weights are, or are converted to
+    ctx: int  # tokens of each session
+    kv_format: str  # of the attention cache
+    sessions: int
+    weights: int  # of the text model; mapped from files, and shared by all sessions
+    tokenizer: int  # about
+    kv: int  # attention cache of a full session
+    state: int  # recurrent and convolution states of a session
+    scratch: int  # work buffers of a session
+
+    @property
+    def session(self) -> int:
+        """Bytes of one session."""
+        return self.kv + self.state + self.scratch
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.tokenizer + self.sessions * self.session
+
+    def fits(self, memory: int | str | None = None) -> bool:
+        """Whether the total fits into `memory`, bytes or a text like "6 GB".
+
+        None: what this computer has to spare now. Raises ArgumentError for anything else, or if
+        the system does not tell.
+        """
+        size = usable_memory() if memory is None else parse_bytes(memory, "memory")
+        if size is None:
+            raise ArgumentError("memory: this system does not tell how much it has; give it")
+        return self.total <= size
+
+    def __str__(self) -> str:
+        one = self.sessions == 1
+        rows = [
+            ("weights", self.weights),
+            ("tokenizer, about", self.tokenizer),
+            (f"attention cache ({self.kv_format})", self.kv),
+            ("recurrent and convolution states", self.state),
+            ("work buffers", self.scratch),
+        ]
+        if not one:
+            rows.append((f"all {self.sessions} sessions", self.sessions * self.session))
+        rows.append(("total", self.total))
+        title = f"{self.model}, {self.quant}, "
+        title += f"a session of {self.ctx} tokens" if one else f"each session of {self.ctx} tokens"
+        texts = [(name, size_text(size)) for name, size in rows]
+        wide, narrow = (max(map(len, column)) for column in zip(*texts, strict=True))
+        return "\n".join([title, *(f"  {a:<{wide}}  {b:>{narrow}}" for a, b in texts)])
+
+
+def plan(
+    model: str | Path | Mapping[str, Any],
+    *,
+    quant: str = "auto",
+    ctx: int | None = None,
+    yarn: float | None = None,
+    threads: int | None = None,
+    kv: str = "auto",
+    head: str = "full",
+    sessions: int = 1,
+    cache: str | Path | None = None,
+    offline: bool = False,
+) -> MemoryPlan:
+    """What a model and a number of sessions will take, before anything is loaded.
+
+    model: as for `load`, or what its config.json says. Of a name on the hub only the small files
+    are fetched, and its weights are taken to have the type that config.json states. The other
+    settings are those of `load`; sessions are planned with all their `ctx` tokens, which `load`
+    takes as they come. Raises like `load`.
+    """
+    if isinstance(sessions, bool) or not isinstance(sessions, int) or sessions < 0:
+        raise ArgumentError(f"sessions is {sessions!r}, expected a number of sessions")
+    weights.check_quant(quant)
+    source = open_source(model, cache=cache, offline=offline)
+    quant = source.resolve_quant(quant)
+    native = source.plan(
+        quant=quant, context=ctx, yarn=yarn, threads=threads, kv=kv, head=head
+    )
+    vocab_size = source.config.get("text_config", source.config)["vocab_size"]
+    return MemoryPlan(
+        model=str(model) if isinstance(model, (str, Path)) else "config.json",
+        quant=quant,
+        ctx=native.context,
+        kv_format=native.kv_format,
+        sessions=sessions,
+        weights=native.weights,
+        tokenizer=_TOKENIZER_BYTES * vocab_size,
+        kv=native.kv,
+        state=native.state,
+        scratch=native.scratch,
+    )
+
+
+class Source:
+    """What a plan is made from: a checkpoint's headers, or config.json alone."""
+
+    def __init__(self, model: _native.Checkpoint | str, place: str) -> None:
+        self._model = model
+        self._place = place
+        text = model if isinstance(model, str) else model.config_json
+        try:
+            self.config: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise FileError(f"{place}: config.json: not valid JSON: {error}") from None
+
+    def resolve_quant(self, quant: str) -> str:
+        """What `load` makes of `quant`. Raises like `load`."""
+        if isinstance(self._model, _native.Checkpoint):
+            return weights.resolve_quant(self._model, self._place, quant)
+        if quant != "auto":
+            return quant
+        small = self.plan(quant="none").weights < weights.SMALL_BYTES
+        return "none" if small else weights.DEFAULT
+
+    def plan(self, **settings: Any) -> _native.MemoryPlan:
+        """The core's plan; settings as for `_native.memory_plan`."""
+        if isinstance(self._model, str):
+            settings["dtype"] = self._dtype()
+        return _native.memory_plan(self._model, **settings)
+
+    def _dtype(self) -> str:
+        """The type of the weights that config.json states."""
+        objects = [self.config] if isinstance(self.config, dict) else []
+        objects += [part for part in (o.get("text_config") for o in objects) if isinstance(part, dict)]
+        stated = [o.get(key) for o in objects for key in ("dtype", "torch_dtype")]
+        return next((str(dtype) for dtype in reversed(stated) if dtype), "bfloat16")
+
+
+def open_source(
+    model: str | Path | Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    cache: str | Path | None,
+    offline: bool,
+) -> Source:
+    """The checkpoint that is here, or the config.json of a name on the hub."""
+    if isinstance(model, Mapping):
+        return Source(json.dumps(dict(model)), "config")
+    path = locate(
+        model, revision=revision, offline=offline, cache=cache, progress=False, weights=False
+    )
+    if path.is_dir() and not Path(model).exists() and str(model) != "demo":
+        return Source((path / "config.json").read_text(encoding="utf-8"), str(model))
+    return Source(_native.Checkpoint(str(path)), str(model))
