@@ -120,7 +120,13 @@ def _load(
     started = time.perf_counter()
     _check_count("ctx", ctx)
     _check_count("threads", threads)
-    core: dict[str, Any] = {"context": ctx, "yarn": yarn, "threads": threads, "kv": kv, "head": head}
+    core: dict[str, Any] = {
+        "context": ctx,
+        "yarn": yarn,
+        "threads": threads,
+        "kv": kv,
+        "head": head,
+    }
     if memory_limit is not None:
         core["memory_limit"] = parse_bytes(memory_limit, "memory_limit")
         # Before weights are fetched and converted, which may take long.

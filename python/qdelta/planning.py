@@ -11,7 +11,6 @@ from typing import Any
 from . import _native, weights
 from .errors import ArgumentError, FileError
 from .memory import parse_bytes, size_text, usable_memory
-from .sizes import parameters
 from .source import locate
 
 # A tokenizer's tables, for each token of the vocabulary: measured with the released one.
@@ -100,9 +99,7 @@ def plan(
     weights.check_quant(quant)
     source = open_source(model, cache=cache, offline=offline)
     quant = source.resolve_quant(quant)
-    native = source.plan(
-        quant=quant, context=ctx, yarn=yarn, threads=threads, kv=kv, head=head
-    )
+    native = source.plan(quant=quant, context=ctx, yarn=yarn, threads=threads, kv=kv, head=head)
     vocab_size = source.config.get("text_config", source.config)["vocab_size"]
     return MemoryPlan(
         model=str(model) if isinstance(model, (str, Path)) else "config.json",
@@ -148,7 +145,9 @@ class Source:
     def _dtype(self) -> str:
         """The type of the weights that config.json states."""
         objects = [self.config] if isinstance(self.config, dict) else []
-        objects += [part for part in (o.get("text_config") for o in objects) if isinstance(part, dict)]
+        objects += [
+            part for part in (o.get("text_config") for o in objects) if isinstance(part, dict)
+        ]
         stated = [o.get(key) for o in objects for key in ("dtype", "torch_dtype")]
         return next((str(dtype) for dtype in reversed(stated) if dtype), "bfloat16")
 

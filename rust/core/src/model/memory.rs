@@ -69,13 +69,15 @@ impl Stored {
         quant: Quant,
         dtype: impl Fn(&TensorSpec) -> Dtype,
     ) -> Result<Stored> {
-        Stored::new(config, quant, |spec| match recipe::storage(quant, &HashMap::new(), spec, dtype(spec))? {
-            Storage::Coded(format) => Ok(format),
-            Storage::F32 => Ok(Format::F32),
-            Storage::AsIs => dtype(spec).format().ok_or_else(|| {
-                let dtype = dtype(spec).name();
-                Error::File(format!("tensor `{}`: dtype {dtype}, expected a float", spec.name))
-            }),
+        Stored::new(config, quant, |spec| {
+            match recipe::storage(quant, &HashMap::new(), spec, dtype(spec))? {
+                Storage::Coded(format) => Ok(format),
+                Storage::F32 => Ok(Format::F32),
+                Storage::AsIs => dtype(spec).format().ok_or_else(|| {
+                    let dtype = dtype(spec).name();
+                    Error::File(format!("tensor `{}`: dtype {dtype}, expected a float", spec.name))
+                }),
+            }
         })
     }
 
@@ -222,8 +224,7 @@ impl<'a> Needs<'a> {
         let floats = self.stored.quant == Quant::None && !self.stored.quantised;
         let wide = floats || matches!(self.stored.quant, Quant::W8 | Quant::Best);
         let balanced = |_: &TensorSpec| Dtype::Bf16;
-        let balanced =
-            wide.then(|| Stored::converted(self.config, Quant::Balanced, balanced).ok());
+        let balanced = wide.then(|| Stored::converted(self.config, Quant::Balanced, balanced).ok());
         let (mut fits, mut longest) = (Vec::new(), 0);
         for stored in [Some(self.stored), balanced.flatten()].into_iter().flatten() {
             for kv in [options.kv, Some(KvFormat::Q8)] {
@@ -234,7 +235,8 @@ impl<'a> Needs<'a> {
                     continue;
                 }
                 longest = largest;
-                let quant = (stored.quant != self.stored.quant).then(|| "quant=\"balanced\"".to_owned());
+                let quant =
+                    (stored.quant != self.stored.quant).then(|| "quant=\"balanced\"".to_owned());
                 let kv = (kv != options.kv).then(|| "kv=\"q8\"".to_owned());
                 let ctx = (largest < context).then(|| format!("ctx={largest}"));
                 let settings: Vec<String> = [quant, kv, ctx].into_iter().flatten().collect();
