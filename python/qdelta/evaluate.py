@@ -1,4 +1,5 @@
-"""How likely a model finds a text: logits, log-probabilities, perplexity.
+"""How likely a model finds a text, and how near it is to another: logits, log-probabilities,
+perplexity, KL divergence.
 
 Log-probabilities are natural logarithms of the softmax over the whole row, padded entries of
 the vocabulary included.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import ArgumentError, ContextError
-from .results import Perplexity, Score, Screening, Timings, Usage
+from .results import Comparison, Perplexity, Score, Screening, Timings, Usage, WorstToken
 from .session import PREFILL_CHUNK, feed_prompt, pieces
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def score(
     if len(prompt) > 1:
         feed_prompt(session, prompt[:-1], last="none")
     logprobs, best = [], True
-    for rows, targets in _scored(model, session, whole[len(prompt) - 1 :]):
+    for rows, targets in _scored(session, whole[len(prompt) - 1 :], _rows_at_once(model)):
         logprobs += _logprobs(rows, targets).tolist()
         best = best and bool(np.all(rows.argmax(axis=1) == targets))
     seconds = time.perf_counter() - begun
@@ -63,38 +64,157 @@ def perplexity(
     Each window runs alone from an empty state; its first token is not scored; an incomplete
     last window is left out. tokens: int32 [n]. progress: called with (windows done, in all).
     """
-    check_window(window, model.context)
+    parts = _windows(tokens, window, model.context)
+    begun = time.perf_counter()
+    losses = np.empty((len(parts), window - 1))
+    session = model.session()
+    rows_at_once = _rows_at_once(model)
+    for index, part in enumerate(parts):
+        session.reset()
+        done = 0
+        for rows, targets in _scored(session, part, rows_at_once):
+            losses[index, done : done + len(targets)] = -_logprobs(rows, targets)
+            done += len(targets)
+        if progress is not None:
+            progress(index + 1, len(parts))
+    seconds = time.perf_counter() - begun
+    return _perplexity(losses, Timings(prefill_s=seconds, prefill_tokens=losses.size))
+
+
+def _windows(tokens: NDArray[np.int32], window: int, context: int) -> NDArray[np.int32]:
+    """The whole windows of a text. int32 [n] -> int32 [windows, window]."""
+    check_window(window, context)
     n_windows = len(tokens) // window
     if n_windows == 0:
         raise ArgumentError(
             f"text: {len(tokens)} tokens, shorter than one window of {window}; "
             "a smaller window fits"
         )
-    begun = time.perf_counter()
-    losses = np.empty((n_windows, window - 1))
-    session = model.session()
-    for index in range(n_windows):
-        session.reset()
-        part = tokens[index * window : (index + 1) * window]
-        done = 0
-        for rows, targets in _scored(model, session, part):
-            losses[index, done : done + len(targets)] = -_logprobs(rows, targets)
-            done += len(targets)
-        if progress is not None:
-            progress(index + 1, n_windows)
-    seconds = time.perf_counter() - begun
+    return tokens[: n_windows * window].reshape(n_windows, window)
+
+
+def _perplexity(losses: NDArray[np.float64], timings: Timings) -> Perplexity:
+    """losses: of all tokens of the windows but the first ones, float64 [windows, window - 1]."""
+    windows, scored = losses.shape
     mean_loss = float(losses.mean())
     # Token i is scored in column i - 1, so the second half begins at column window / 2 - 1.
-    second_half = float(losses[:, window // 2 - 1 :].mean())
+    second_half = float(losses[:, (scored + 1) // 2 - 1 :].mean())
     return Perplexity(
         perplexity=_exp(mean_loss),
         second_half=_exp(second_half),
         mean_loss=mean_loss,
-        windows=n_windows,
+        windows=windows,
         scored=losses.size,
-        usage=Usage(prompt_tokens=n_windows * window),
-        timings=Timings(prefill_s=seconds, prefill_tokens=losses.size),
+        usage=Usage(prompt_tokens=windows * (scored + 1)),
+        timings=timings,
     )
+
+
+def compare(
+    model: _native.Model,
+    reference: _native.Model,
+    tokens: NDArray[np.int32],
+    *,
+    window: int,
+    worst: int,
+    text: Callable[[NDArray[np.int32]], str],
+    progress: Callable[[int, int], None] | None,
+) -> Comparison:
+    """How far `model` is from `reference` over the windows of `perplexity`.
+
+    Both run at the same time, so that only logits of a few tokens are held. worst: how many of
+    the tokens with the largest KL are kept. text: decodes ids. tokens: int32 [n].
+    """
+    if isinstance(worst, bool) or not isinstance(worst, int) or worst < 0:
+        raise ArgumentError(f"worst: an integer of 0 or more expected, got {worst!r}")
+    parts = _windows(tokens, window, min(model.context, reference.context))
+    begun = time.perf_counter()
+    shape = (len(parts), window - 1)
+    kl, losses, top = np.empty(shape), np.empty((*shape, 2)), np.empty((*shape, 2), np.int32)
+    models = (model, reference)
+    sessions = [each.session() for each in models]
+    rows_at_once = max(1, _rows_at_once(model) // 4)
+    for index, part in enumerate(parts):
+        done = 0
+        for session in sessions:
+            session.reset()
+        both = [_scored(session, part, rows_at_once) for session in sessions]
+        for (rows, targets), (reference_rows, _) in zip(*both, strict=True):
+            for row in zip(rows, reference_rows, targets, strict=True):
+                at = (index, done)
+                top[at] = row[0].argmax(), row[1].argmax()
+                kl[at], losses[at] = _divergence(*row)
+                done += 1
+        if progress is not None:
+            progress(index + 1, len(parts))
+    seconds = time.perf_counter() - begun
+    # Rounding can take it below zero, where it never is.
+    kl = np.maximum(kl, 0.0)
+    median, p99, p999 = np.quantile(kl, [0.5, 0.99, 0.999])
+    return Comparison(
+        perplexity=_perplexity(losses[..., 0], Timings()),
+        reference=_perplexity(losses[..., 1], Timings()),
+        mean_kl=float(kl.mean()),
+        median_kl=float(median),
+        p99_kl=float(p99),
+        p999_kl=float(p999),
+        max_kl=float(kl.max()),
+        same_top=float((top[..., 0] == top[..., 1]).mean()),
+        windows=len(parts),
+        scored=kl.size,
+        worst=_worst_tokens(parts, kl, top, worst, text),
+        usage=Usage(prompt_tokens=parts.size),
+        timings=Timings(prefill_s=seconds, prefill_tokens=kl.size),
+    )
+
+
+def _divergence(
+    row: NDArray[np.float32], reference: NDArray[np.float32], target: np.int32
+) -> tuple[float, tuple[float, float]]:
+    """KL(reference || model) of two rows of logits, and the losses of model and reference.
+
+    float32 [vocab] each. Exponentials are float32, their sums float64. The logits are counted
+    from the largest of their row, where float32 is finest: the likely tokens make the sum.
+    """
+    logits, expected = row - row.max(), reference - reference.max()
+    loss, expected_loss = -float(logits[target]), -float(expected[target])
+    difference = expected - logits
+    log_sum = math.log(np.exp(logits, out=logits).sum(dtype=np.float64))
+    p = np.exp(expected, out=expected)
+    total = float(p.sum(dtype=np.float64))
+    mean = float(np.multiply(p, difference, out=p).sum(dtype=np.float64)) / total
+    expected_log_sum = math.log(total)
+    kl = mean + log_sum - expected_log_sum
+    return kl, (loss + log_sum, expected_loss + expected_log_sum)
+
+
+# How much of the text before a token is shown.
+_BEFORE_TOKENS, _BEFORE_CHARACTERS = 32, 60
+
+
+def _worst_tokens(
+    parts: NDArray[np.int32],
+    kl: NDArray[np.float64],
+    top: NDArray[np.int32],
+    count: int,
+    text: Callable[[NDArray[np.int32]], str],
+) -> list[WorstToken]:
+    worst = []
+    count = min(count, int(np.count_nonzero(kl)))
+    for flat in np.argsort(-kl, axis=None, kind="stable")[:count]:
+        index, column = divmod(int(flat), kl.shape[1])
+        part, token = parts[index], column + 1
+        worst.append(
+            WorstToken(
+                position=index * parts.shape[1] + token,
+                before=text(part[max(0, token - _BEFORE_TOKENS) : token])[-_BEFORE_CHARACTERS:],
+                token=text(part[token : token + 1]),
+                kl=float(kl[index, column]),
+                likeliest=text(top[index, column, :1]),
+                reference_likeliest=text(top[index, column, 1:]),
+            )
+        )
+    return worst
 
 
 def screening(
@@ -170,11 +290,11 @@ def _rows_at_once(model: _native.Model) -> int:
 
 
 def _scored(
-    model: _native.Model, session: _native.Session, tokens: NDArray[np.int32]
+    session: _native.Session, tokens: NDArray[np.int32], rows_at_once: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
     """Feed all tokens but the last; yield rows of logits with the tokens that follow them."""
     done = 0
-    for piece in pieces(tokens[:-1], _rows_at_once(model)):
+    for piece in pieces(tokens[:-1], rows_at_once):
         session.feed(piece, "all")
         done += len(piece)
         yield session.logits(), tokens[done - len(piece) + 1 : done + 1]

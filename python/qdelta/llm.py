@@ -13,7 +13,7 @@ from . import _native, evaluate, options, profiles, stream
 from .chat import check_tools, level_messages, refuse_pictures
 from .errors import ArgumentError, FileError, UnsupportedError
 from .reply import ReasoningSplitter, opens_reasoning
-from .results import Completion, Message, Perplexity, Score, Screening, Timings
+from .results import Comparison, Completion, Message, Perplexity, Score, Screening, Timings
 from .sampling import Sampler, Sampling
 from .session import Session, token_array
 from .stream import AsyncStream, Control, Request, Stream
@@ -245,6 +245,44 @@ class Model:
         ids = self._ids(text, "text")
         tokenize_s = time.perf_counter() - started
         result = evaluate.perplexity(self.native, ids, window=window, progress=progress)
+        result.timings.load_s, result.timings.tokenize_s = self._load_s, tokenize_s
+        return result
+
+    def compare(
+        self,
+        other: Model,
+        text: str | Sequence[int],
+        *,
+        window: int = 512,
+        worst: int = 10,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Comparison:
+        """How far this model's predictions of a text are from those of `other`, the reference.
+
+        The text is cut into windows and scored as in `perplexity`, by both models at the same time;
+        the logits of a few tokens are held. worst: how many of the tokens with the largest KL to
+        keep. progress: called with (windows done, in all). Raises ArgumentError if the models do
+        not have the same tokens.
+        """
+        started = time.perf_counter()
+        different = self.tokenizer.difference(other.tokenizer)
+        if different is None and self.native.vocab_size != other.native.vocab_size:
+            different = f"{self.native.vocab_size} and {other.native.vocab_size} logits"
+        if different is not None:
+            raise ArgumentError(f"the models cannot be compared, their tokens differ: {different}")
+        ids = self._ids(text, "text")
+        if isinstance(text, str) and not np.array_equal(ids, other._ids(text, "text")):
+            raise ArgumentError("the models cannot be compared, they cut the text differently")
+        tokenize_s = time.perf_counter() - started
+        result = evaluate.compare(
+            self.native,
+            other.native,
+            ids,
+            window=window,
+            worst=worst,
+            text=lambda ids: self.decode(ids.tolist(), skip_special=False),
+            progress=progress,
+        )
         result.timings.load_s, result.timings.tokenize_s = self._load_s, tokenize_s
         return result
 

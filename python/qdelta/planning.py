@@ -11,6 +11,7 @@ from typing import Any
 from . import _native, weights
 from .errors import ArgumentError, FileError
 from .memory import parse_bytes, size_text, usable_memory
+from .sizes import name_of
 from .source import locate
 
 # A tokenizer's tables, for each token of the vocabulary: measured with the released one.
@@ -94,49 +95,63 @@ def plan(
     settings are those of `load`; sessions are planned with all their `ctx` tokens, which `load`
     takes as they come. Raises like `load`.
     """
-    if isinstance(sessions, bool) or not isinstance(sessions, int) or sessions < 0:
-        raise ArgumentError(f"sessions is {sessions!r}, expected a number of sessions")
-    weights.check_quant(quant)
     source = open_source(model, cache=cache, offline=offline)
-    quant = source.resolve_quant(quant)
-    native = source.plan(quant=quant, context=ctx, yarn=yarn, threads=threads, kv=kv, head=head)
-    vocab_size = source.config.get("text_config", source.config)["vocab_size"]
-    return MemoryPlan(
-        model=str(model) if isinstance(model, (str, Path)) else "config.json",
-        quant=quant,
-        ctx=native.context,
-        kv_format=native.kv_format,
-        sessions=sessions,
-        weights=native.weights,
-        tokenizer=_TOKENIZER_BYTES * vocab_size,
-        kv=native.kv,
-        state=native.state,
-        scratch=native.scratch,
+    return source.plan(
+        quant=quant, ctx=ctx, yarn=yarn, threads=threads, kv=kv, head=head, sessions=sessions
     )
 
 
 class Source:
-    """What a plan is made from: a checkpoint's headers, or config.json alone."""
+    """What plans are made from: a checkpoint's headers, or config.json alone."""
 
-    def __init__(self, model: _native.Checkpoint | str, place: str) -> None:
+    def __init__(self, model: _native.Checkpoint | str, name: str) -> None:
         self._model = model
-        self._place = place
+        self.name = name
         text = model if isinstance(model, str) else model.config_json
         try:
-            self.config: dict[str, Any] = json.loads(text)
+            self._config = json.loads(text)
         except ValueError as error:
-            raise FileError(f"{place}: config.json: not valid JSON: {error}") from None
+            raise FileError(f"{name}: config.json: not valid JSON: {error}") from None
+
+    @property
+    def quants(self) -> tuple[str, ...]:
+        """The formats that its weights can have, of fewest bits first."""
+        own = "none" if isinstance(self._model, str) else self._model.quant
+        return ("w4", "w8", "none") if own == "none" else (own,)
+
+    def plan(
+        self, *, quant: str = "auto", ctx: int | None = None, sessions: int = 1, **settings: Any
+    ) -> MemoryPlan:
+        """See the function `plan`."""
+        if isinstance(sessions, bool) or not isinstance(sessions, int) or sessions < 0:
+            raise ArgumentError(f"sessions is {sessions!r}, expected a number of sessions")
+        quant = self.resolve_quant(quant)
+        native = self.native_plan(quant=quant, context=ctx, **settings)
+        vocab_size = self._config.get("text_config", self._config)["vocab_size"]
+        return MemoryPlan(
+            model=self.name,
+            quant=quant,
+            ctx=native.context,
+            kv_format=native.kv_format,
+            sessions=sessions,
+            weights=native.weights,
+            tokenizer=_TOKENIZER_BYTES * vocab_size,
+            kv=native.kv,
+            state=native.state,
+            scratch=native.scratch,
+        )
 
     def resolve_quant(self, quant: str) -> str:
         """What `load` makes of `quant`. Raises like `load`."""
+        weights.check_quant(quant)
         if isinstance(self._model, _native.Checkpoint):
-            return weights.resolve_quant(self._model, self._place, quant)
+            return weights.resolve_quant(self._model, self.name, quant)
         if quant != "auto":
             return quant
-        small = self.plan(quant="none").weights < weights.SMALL_BYTES
+        small = self.native_plan(quant="none").weights < weights.SMALL_BYTES
         return "none" if small else weights.DEFAULT
 
-    def plan(self, **settings: Any) -> _native.MemoryPlan:
+    def native_plan(self, **settings: Any) -> _native.MemoryPlan:
         """The core's plan; settings as for `_native.memory_plan`."""
         if isinstance(self._model, str):
             settings["dtype"] = self._dtype()
@@ -144,12 +159,13 @@ class Source:
 
     def _dtype(self) -> str:
         """The type of the weights that config.json states."""
-        objects = [self.config] if isinstance(self.config, dict) else []
-        objects += [
-            part for part in (o.get("text_config") for o in objects) if isinstance(part, dict)
-        ]
-        stated = [o.get(key) for o in objects for key in ("dtype", "torch_dtype")]
-        return next((str(dtype) for dtype in reversed(stated) if dtype), "bfloat16")
+        top = self._config if isinstance(self._config, dict) else {}
+        text = top.get("text_config")
+        for part in (text if isinstance(text, dict) else {}, top):
+            stated = part.get("dtype") or part.get("torch_dtype")
+            if stated:
+                return str(stated)
+        return "bfloat16"
 
 
 def open_source(
@@ -161,7 +177,9 @@ def open_source(
 ) -> Source:
     """The checkpoint that is here, or the config.json of a name on the hub."""
     if isinstance(model, Mapping):
-        return Source(json.dumps(dict(model)), "config")
+        text = json.dumps(dict(model))
+        _native.memory_plan(text, quant="none")  # so that no size is missing
+        return Source(text, f"Qwen3.5 {name_of(dict(model))}")
     path = locate(
         model, revision=revision, offline=offline, cache=cache, progress=False, weights=False
     )

@@ -1,7 +1,8 @@
-"""Results of `qdelta bench` as one figure, with the panels that they can fill.
+"""Results as figures; needs matplotlib, the extra `plot`.
 
-Rates against depth, parts of the ceiling, both programs of a comparison, profiles; plain rates
-where nothing else shows them. Needs matplotlib, the extra `plot`.
+Those of `qdelta bench` with the panels that they can fill: rates against depth, parts of the
+ceiling, both programs of a comparison, profiles; plain rates where nothing else shows them. Those
+of `qdelta eval`: KL divergence against bits per weight.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .report import label, threads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from .quality import Quality
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -53,11 +56,20 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
 
     rows: at least one. Raises what `check` raises, and FileAccessError.
     """
+    _draw(_panels(rows), _footer(rows), path)
+
+
+def plot_quality(rows: Sequence[Quality], path: str | Path) -> None:
+    """Draw KL divergence against bits per weight; the rest as `plot`."""
+    footer = [f"against {row.against} ({row.against_quant}), {row.scored} tokens" for row in rows]
+    _draw([_quality_panel(rows)], "\n".join(dict.fromkeys(footer)), path)
+
+
+def _draw(panels: Sequence[Panel], footer: str, path: str | Path) -> None:
     check(path)
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = _panels(rows)
     # Same results, same bytes: no random ids, and no date but that of the results.
     with matplotlib.rc_context({"svg.hashsalt": "qdelta", "font.size": 9}):
         heights = [panel.height for panel in panels]
@@ -67,7 +79,7 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
             panel.draw(ax)
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
-        figure.supxlabel(_footer(rows), x=0.01, ha="left", fontsize=7, color="#555555")
+        figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color="#555555")
         try:
             dates = {"Date": None} if Path(path).suffix.lower() == ".svg" else None
             figure.savefig(path, dpi=150, metadata=dates)
@@ -242,3 +254,27 @@ def _profile_panel(rows: Sequence[Row]) -> Panel:
         _legend(ax)
 
     return Panel(max(2.4, _bars_height(len(rows))), draw)
+
+
+def _quality_panel(rows: Sequence[Quality]) -> Panel:
+    # No logarithm shows a model that does not differ at all.
+    shown = sorted((row for row in rows if row.mean_kl > 0), key=lambda row: row.bits_per_weight)
+
+    def draw(ax: Axes) -> None:
+        for i, row in enumerate(shown):
+            x, colour = row.bits_per_weight, LINES[i % len(LINES)]
+            ax.plot([x, x], [row.mean_kl, row.p99_kl], color=colour, linewidth=1)
+            ax.plot(x, row.p99_kl, color=colour, marker="_", markersize=8)
+            marker, name = MARKERS[i % len(MARKERS)], f"{Path(row.model).name}, {row.quant}"
+            ax.plot(x, row.mean_kl, color=colour, marker=marker, linestyle="", label=name)
+        ax.set_title("What the bits cost", loc="left")
+        ax.set_xlabel("bits per weight, scales included")
+        ax.set_ylabel("KL divergence, nats a token: mean, and 99 %")
+        if shown:
+            ax.set_yscale("log")
+            _legend(ax)
+        else:
+            ax.text(0.5, 0.5, "KL 0: no difference", transform=ax.transAxes, ha="center")
+        ax.grid(alpha=0.3, which="both")
+
+    return Panel(4.0, draw)

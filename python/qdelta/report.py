@@ -144,7 +144,7 @@ def _scaled(value: int, large: int, unit: str, small: int, small_unit: str) -> s
 
 def _against_table(rows: Sequence[Row]) -> str:
     """Both programs and their ratio, a test a line."""
-    return _table(
+    return table(
         "",
         ("test", "threads", "ours", "t/s", "theirs", "t/s", "ours / theirs"),
         [
@@ -175,7 +175,7 @@ def _profile_table(row: Row) -> str:
         cells = (f"{part.share:.1%}", f"{part.us_per_token:.1f}", f"{rate:.1f}" if rate else "-")
         lines.append((label(name), *cells))
     title = f"{row.test}, {row.model_type}, {threads(row)}: where the time goes"
-    return _table(title, ("part", "share", "us/token", unit), lines)
+    return table(title, ("part", "share", "us/token", unit), lines)
 
 
 def threads(row: Row) -> str:
@@ -188,7 +188,7 @@ def label(part: str) -> str:
     return "Python" if part == "python" else part.replace("_", " ")
 
 
-def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table with its title above; numbers to the right."""
     from rich import box
     from rich.console import Console
@@ -210,10 +210,10 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
 # ------------------------------------------------------------------------------------ reading
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows that `-o json` or `-o jsonl` wrote.
+def read_entries(path: str | Path, command: str) -> list[Any]:
+    """What `command` wrote: a list, or a document a line.
 
-    Raises FileAccessError, or FileError naming the entry if they are something else.
+    Raises FileAccessError or FileError.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -223,23 +223,31 @@ def read_rows(path: str | Path) -> list[Row]:
         raise FileError(f"{path}: not UTF-8 at byte {error.start}") from None
     try:
         if text.lstrip().startswith("["):
-            entries = json.loads(text)
-        else:
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries: list[Any] = json.loads(text)
+            return entries
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
-        raise FileError(f"{path}: not the JSON of `qdelta bench -o json`: {error}") from None
+        raise FileError(f"{path}: not the JSON of `{command}`: {error}") from None
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows that `-o json` or `-o jsonl` wrote.
+
+    Raises FileAccessError, or FileError naming the entry if they are something else.
+    """
+    command = "qdelta bench -o json"
     rows = []
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(read_entries(path, command)):
         place = f"{path}: entry {i}"
-        row = _build(Row, entry, place)
+        row = build(Row, entry, place, command)
         if row.against is not None:
-            row.against = _build(PeerResult, row.against, f"{place}: against")
+            row.against = build(PeerResult, row.against, f"{place}: against", command)
         if row.profile is not None:
             if not isinstance(row.profile, dict):
                 raise FileError(f"{place}: `profile` is not an object")
             parts = {name: row.profile.get(name) for name in PARTS}
             row.profile = {
-                name: _build(Part, part, f"{place}: profile: {name}")
+                name: build(Part, part, f"{place}: profile: {name}", command)
                 for name, part in parts.items()
             }
         rows.append(row)
@@ -249,15 +257,18 @@ def read_rows(path: str | Path) -> list[Row]:
 _KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
 
 
-def _build(made: type[T], entry: Any, place: str) -> T:
-    """A dataclass from what `asdict` made of it; fields it does not have are passed over."""
+def build(made: type[T], entry: Any, place: str, command: str) -> T:
+    """A dataclass from what `asdict` made of it; fields it does not have are passed over.
+
+    command: what writes such entries. Raises FileError for anything else.
+    """
     if not isinstance(entry, dict):
         raise FileError(f"{place}: {json.dumps(entry)[:40]}, expected an object")
     values = {}
     for field in fields(made):  # type: ignore[arg-type]
         if field.name not in entry:
             if field.default is MISSING:
-                raise FileError(f"{place}: no `{field.name}`, as `qdelta bench -o json` writes it")
+                raise FileError(f"{place}: no `{field.name}`, as `{command}` writes it")
             continue
         value = values[field.name] = entry[field.name]
         kind, _, optional = str(field.type).partition(" | ")

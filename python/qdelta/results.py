@@ -13,6 +13,7 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 EventKind = Literal["reasoning", "text", "done"]
 
 __all__ = [
+    "Comparison",
     "Completion",
     "Event",
     "EventKind",
@@ -23,6 +24,7 @@ __all__ = [
     "Screening",
     "Timings",
     "Usage",
+    "WorstToken",
 ]
 
 
@@ -150,6 +152,41 @@ class Perplexity:
 
     def __float__(self) -> float:
         return self.perplexity
+
+
+@dataclass(slots=True)
+class WorstToken:
+    """A place of a text where two models differ much."""
+
+    position: int  # of the token among those of the text
+    before: str  # the end of the text that both models had read
+    token: str  # what came
+    kl: float  # nats
+    likeliest: str  # what the model held most likely
+    reference_likeliest: str  # what the reference did
+
+
+@dataclass(slots=True)
+class Comparison:
+    """How far a model's predictions of a text are from those of a reference.
+
+    KL is the divergence KL(reference || model) of the two distributions of the next token, in
+    nats, over the scored tokens.
+    """
+
+    perplexity: Perplexity
+    reference: Perplexity
+    mean_kl: float
+    median_kl: float
+    p99_kl: float  # 99 % of the tokens have no more
+    p999_kl: float  # 99.9 %
+    max_kl: float
+    same_top: float  # part of the tokens at which both hold the same one most likely
+    windows: int
+    scored: int
+    worst: list[WorstToken]  # of the largest KL, that first
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
 
 
 @dataclass(slots=True)

@@ -72,6 +72,7 @@ class Tokenizer:
         known = vocabulary.build(files)
         self._bpe = known.bpe
         self._ids_of_added = {token.text: token.id for token in known.added.values()}
+        self._texts_of_added = {id: text for text, id in self._ids_of_added.items()}
         texts = sorted(self._ids_of_added, key=len, reverse=True)  # longest first
         # A group, so that re.split keeps the separators: text, token, text, ..., text.
         self._split = re.compile("(" + ("|".join(map(re.escape, texts)) or r"(?!)") + ")")
@@ -135,6 +136,20 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of the added token spelled `text`, None if there is none."""
         return self._ids_of_added.get(text)
+
+    def difference(self, other: Tokenizer) -> str | None:
+        """The first token that another tokenizer has otherwise, in words; None if there is none."""
+        if self.vocab_size != other.vocab_size:
+            return f"{self.vocab_size} and {other.vocab_size} of them"
+        for id in range(self.vocab_size):
+            mine, others = self._stored_text(id), other._stored_text(id)
+            if mine != others:
+                return f"token {id} is {mine!r} and {others!r}"
+        return None
+
+    def _stored_text(self, id: int) -> str | None:
+        """A token as the tokenizer's file spells it."""
+        return self._texts_of_added.get(id) or self._bpe.id_to_token(id)
 
     @property
     def special_ids(self) -> frozenset[int]:

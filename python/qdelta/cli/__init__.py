@@ -11,7 +11,7 @@ import sys
 import click
 
 from ..errors import Error
-from . import bench, files, keep, talk
+from . import bench, eval, files, keep, plan, talk
 
 HELP = """Run the Qwen3.5 small models (0.8B, 2B, 4B, 9B) on this computer's CPU.
 
@@ -33,8 +33,8 @@ def cli() -> None:
 
 
 for command in (
-    talk.demo, talk.run, talk.chat, files.convert, files.inspect, files.evaluate, bench.bench,
-    keep.pull, keep.list_models, keep.rm, keep.verify, keep.export, keep.import_,
+    talk.demo, talk.run, talk.chat, files.convert, files.inspect, plan.plan, eval.evaluate,
+    bench.bench, keep.pull, keep.list_models, keep.rm, keep.verify, keep.export, keep.import_,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import click
 
 from ..errors import FileError
+from ..progress import wanted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +19,7 @@ RECIPES = ("balanced", "small", "best", "w8", "w4")
 QUANTS = ("auto", "none", *RECIPES, "gguf")
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 yarn_option = click.option(
     "--yarn",
@@ -60,6 +62,12 @@ _LOADING = (
         default="full",
         show_default=True,
         help="screened: find the likeliest tokens with half of the head's bytes; see `eval`.",
+    ),
+    click.option(
+        "--memory-limit",
+        metavar="SIZE",
+        help='What model and conversations may take, as "6 GB" or "6GiB"; without --ctx the '
+        "context is what fits.",
     ),
     click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files."),
     click.option("--offline", is_flag=True, help="Touch no network."),
@@ -106,16 +114,6 @@ def read_text(file: BinaryIO, name: str) -> str:
         raise FileError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
-def size_text(n: int) -> str:
-    """A size that a person can read."""
-    value = float(n)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
-
-
 def table_console() -> Console:
     """Standard output for tables."""
     from rich.console import Console
@@ -133,5 +131,19 @@ SAMPLING_NAMES = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "seed", "preset",
 )  # fmt: skip
 LOADING_NAMES = (
-    "revision", "quant", "ctx", "yarn", "threads", "kv", "isa", "head", "cache", "offline",
+    "revision", "quant", "ctx", "yarn", "threads", "kv", "isa", "head", "memory_limit", "cache",
+    "offline",
 )  # fmt: skip
+
+
+def reading(work: Callable[[Callable[[int, int], None]], T]) -> T:
+    """The result of `work`, which reports its progress to a bar."""
+    with click.progressbar(
+        length=1, label="Reading", file=sys.stderr, hidden=not wanted(None)
+    ) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        return work(report)

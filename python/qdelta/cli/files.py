@@ -1,28 +1,16 @@
-"""Commands about files: convert, inspect, eval."""
+"""Commands about files: convert, inspect."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from ..errors import ArgumentError
-from ..progress import wanted
-from .common import (
-    LOADING_NAMES,
-    loading_options,
-    read_text,
-    size_text,
-    table_console,
-    yarn_option,
-)
-
-T = TypeVar("T")
+from ..memory import size_text
+from .common import read_text, reading, table_console, yarn_option
 
 
 @click.command()
@@ -131,7 +119,7 @@ def _importance(source: Any, path: Path, file: Any, threads: int | None) -> dict
     text = read_text(file, "standard input" if file.name in ("-", "<stdin>") else file.name)
     tokens = Tokenizer.from_files(tokenizer_files(path, source)).encode(text)
     model = _native.Model(source, threads=threads)
-    return _reading(
+    return reading(
         lambda report: calibration.importance(source, model, np.array(tokens, np.int32), report)
     )
 
@@ -183,8 +171,17 @@ def inspect(
             raise ArgumentError(f"{model_name}: --verify is for converted files, which have a hash")
         _native.verify(str(path))
     config = json.loads(checkpoint.config_json)
-    model = _native.Model(checkpoint, yarn=yarn, threads=1, kv=kv)
-    report = _report(model_name, checkpoint, model, config, min(ctx, model.context))
+    quant = checkpoint.quant
+    whole = _native.memory_plan(checkpoint, quant=quant, yarn=yarn, kv=kv)
+    ctx = min(ctx, whole.context)
+    plan = _native.memory_plan(checkpoint, quant=quant, context=ctx, yarn=yarn, kv=kv)
+    report = _report(model_name, checkpoint, config, plan)
+    used = yarn if yarn is not None else checkpoint.yarn
+    report["context"] = {
+        "tokens": whole.context,
+        "yarn": None if used == 1 else used,
+        "config_yarn": checkpoint.yarn,
+    }
     report["verified"] = True if verify else None
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -192,9 +189,7 @@ def inspect(
         _print_report(report, tensors)
 
 
-def _report(
-    name: str, checkpoint: Any, model: Any, config: dict[str, Any], ctx: int
-) -> dict[str, Any]:
+def _report(name: str, checkpoint: Any, config: dict[str, Any], plan: Any) -> dict[str, Any]:
     """What `inspect` shows, as plain data. Sizes in bytes."""
     from ..sizes import name_of, parameters
 
@@ -208,7 +203,7 @@ def _report(
         entry = types.setdefault(tensor["type"], {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += tensor["bytes"]
-    plan = model.memory_plan(ctx)
+    memory = {part: getattr(plan, part) for part in ("weights", "kv", "state", "scratch")}
     return {
         "model": name,
         "size": name_of(config),
@@ -217,13 +212,17 @@ def _report(
         "metadata": {
             key: value for key, value in checkpoint.metadata.items() if key != "qdelta.config"
         },
-        "context": {"tokens": model.context, "yarn": model.yarn, "config_yarn": checkpoint.yarn},
         "config": {
             key: value for key, value in text.items() if not isinstance(value, (dict, list))
         },
         "types": types,
         "tensors": tensors,
-        "memory": {"ctx": ctx, "kv_type": model.kv, **plan, "total": sum(plan.values())},
+        "memory": {
+            "ctx": plan.context,
+            "kv_type": plan.kv_format,
+            **memory,
+            "total": sum(memory.values()),
+        },
     }
 
 
@@ -274,85 +273,3 @@ def _context_line(context: dict[str, Any]) -> str:
         here = f"YaRN factor {yarn:g} of --yarn" if yarn else "--yarn 1"
         reason = f"{here}, instead of {said}" if said else here
     return f"context {context['tokens']}" + (f" ({reason})" if reason else "")
-
-
-@click.command("eval")
-@click.argument("model_name", metavar="MODEL")
-@click.option(
-    "--text", "file", type=click.File("rb"), required=True, help="UTF-8 text; - is standard input."
-)
-@click.option(
-    "--window",
-    type=click.IntRange(min=2),
-    default=512,
-    show_default=True,
-    help="Tokens that are scored together.",
-)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@loading_options
-def evaluate(model_name: str, file: Any, window: int, as_json: bool, **options: Any) -> None:
-    """Perplexity of a text: how well the model foresees it, lower is better.
-
-    The text is cut into windows that do not overlap; each runs alone, its first token is not
-    scored, and an incomplete last window is left out. All logits are computed in full; with
-    --head screened, both heads read the text and their 20 likeliest tokens are compared.
-
-    \b
-      qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt
-      qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt --quant none
-      qdelta eval Qwen/Qwen3.5-0.8B --text novel.txt --head screened
-    """
-    from ..loading import load
-
-    text = read_text(file, "standard input" if file.name in ("-", "<stdin>") else file.name)
-    model = load(model_name, **{name: options[name] for name in LOADING_NAMES})
-    screening = None
-    if options["head"] == "screened":
-        screening = _reading(lambda report: model.screening(text, window=window, progress=report))
-    result = _reading(lambda report: model.perplexity(text, window=window, progress=report))
-    rate = result.timings.prefill_tokens_per_s
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "model": model_name,
-                    "quant": model.native.quant,
-                    "perplexity": result.perplexity,
-                    "perplexity_second_half": result.second_half,
-                    "mean_loss": result.mean_loss,
-                    "windows": result.windows,
-                    "scored": result.scored,
-                    "tokens_per_s": rate,
-                    "screening": None if screening is None else asdict(screening),
-                }
-            )
-        )
-        return
-    click.echo(
-        f"perplexity {result.perplexity:.4f} ({result.windows} windows of {window}, "
-        f"{result.scored} tokens scored)"
-    )
-    click.echo(f"second half of the windows {result.second_half:.4f}")
-    click.echo(f"{rate:.1f} tokens per second")
-    if screening is not None:
-        click.echo(
-            f"screened head: {screening.missed} of {screening.k * screening.positions} candidates "
-            f"missed, at {screening.missed_positions} of {screening.positions} positions"
-        )
-        click.echo(
-            f"{screening.scored:.2%} of the logits computed exactly, {screening.most_scored:.2%} "
-            f"at most, and all of them at {screening.full_positions} positions"
-        )
-
-
-def _reading(work: Callable[[Callable[[int, int], None]], T]) -> T:
-    """The result of `work`, which reports its progress to a bar."""
-    with click.progressbar(
-        length=1, label="Reading", file=sys.stderr, hidden=not wanted(None)
-    ) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        return work(report)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import RECIPES, revision_option, size_text, table_console
+from ..memory import size_text
+from .common import RECIPES, revision_option, table_console
 
 if TYPE_CHECKING:
     from ..inventory import Held
