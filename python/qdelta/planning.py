@@ -116,8 +116,12 @@ class Source:
     @property
     def quants(self) -> tuple[str, ...]:
         """The formats that its weights can have, of fewest bits first."""
-        own = "none" if isinstance(self._model, str) else self._model.quant
-        return ("w4", "w8", "none") if own == "none" else (own,)
+        if not isinstance(self._model, str):
+            if self._model.quant != "none":
+                return (self._model.quant,)
+            if weights.automatic(self._model) == "gguf":
+                return ("gguf", "none")
+        return ("small", "balanced", "best", "w8", "none")
 
     def plan(
         self, *, quant: str = "auto", ctx: int | None = None, sessions: int = 1, **settings: Any
