@@ -131,6 +131,13 @@ pub struct Needs<'a> {
 impl<'a> Needs<'a> {
     pub fn new(config: &'a Config, stored: Stored, options: &Options) -> Result<Needs<'a>> {
         let kv = if stored.quantised { KvFormat::F16 } else { KvFormat::F32 };
+        if options.head == Head::Screened && stored.quantised && !stored.in_planes {
+            return Err(Error::Argument(format!(
+                "head is `screened`, which reads one of two planes; quant `{}` has none, w4 and w8 \
+                 have, and a recipe with w8_planes for the head",
+                stored.quant
+            )));
+        }
         Ok(Needs {
             config,
             stored,
