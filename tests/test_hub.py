@@ -98,6 +98,17 @@ def test_a_tokenizer_reads_no_weights(hub: Hub, tmp_path: Path):
     assert output(run(LOAD, tmp_path, hub.url)) == "3\nnone"
 
 
+def test_a_plan_fetches_no_weights(hub: Hub, tmp_path: Path):
+    code = f"print(qdelta.plan({NAME!r}, quant='w4', ctx=300).total)"
+    planned = int(output(run(code, tmp_path, hub.url)))
+    assert not any(name.endswith(".safetensors") for name in hub.fetched())
+    assert planned == qdelta.plan(hub.folder, quant="w4", ctx=300).total
+    # Nor does a load that a limit forbids.
+    refused = output(run(f"qdelta.load({NAME!r}, memory_limit='1 kB')", tmp_path, hub.url))
+    assert refused.startswith("MemoryLimitError")
+    assert not any(name.endswith(".safetensors") for name in hub.fetched())
+
+
 def test_a_new_commit_is_seen(hub: Hub, tmp_path: Path):
     output(run(LOAD, tmp_path, hub.url))
     hub.commit = "f" * 40

@@ -210,7 +210,7 @@ class Model:
     # Numbers
 
     def session(self) -> Session:
-        """A new, empty timeline."""
+        """A new, empty timeline. Raises MemoryLimitError if the model's limit leaves no room."""
         return Session(self.native.session(), context=self.context)
 
     def logits(self, ids: str | Sequence[int]) -> NDArray[np.float32]:

@@ -62,6 +62,7 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
 def plot_quality(rows: Sequence[Quality], path: str | Path) -> None:
     """Draw KL divergence against bits per weight; the rest as `plot`."""
     footer = [f"against {row.against} ({row.against_quant}), {row.scored} tokens" for row in rows]
+    footer += [f"no difference: {_quality_label(row)}" for row in rows if row.mean_kl <= 0]
     _draw([_quality_panel(rows)], "\n".join(dict.fromkeys(footer)), path)
 
 
@@ -256,6 +257,10 @@ def _profile_panel(rows: Sequence[Row]) -> Panel:
     return Panel(max(2.4, _bars_height(len(rows))), draw)
 
 
+def _quality_label(row: Quality) -> str:
+    return f"{Path(row.model).name}, {row.quant}"
+
+
 def _quality_panel(rows: Sequence[Quality]) -> Panel:
     # No logarithm shows a model that does not differ at all.
     shown = sorted((row for row in rows if row.mean_kl > 0), key=lambda row: row.bits_per_weight)
@@ -265,8 +270,8 @@ def _quality_panel(rows: Sequence[Quality]) -> Panel:
             x, colour = row.bits_per_weight, LINES[i % len(LINES)]
             ax.plot([x, x], [row.mean_kl, row.p99_kl], color=colour, linewidth=1)
             ax.plot(x, row.p99_kl, color=colour, marker="_", markersize=8)
-            marker, name = MARKERS[i % len(MARKERS)], f"{Path(row.model).name}, {row.quant}"
-            ax.plot(x, row.mean_kl, color=colour, marker=marker, linestyle="", label=name)
+            marker, label = MARKERS[i % len(MARKERS)], _quality_label(row)
+            ax.plot(x, row.mean_kl, color=colour, marker=marker, linestyle="", label=label)
         ax.set_title("What the bits cost", loc="left")
         ax.set_xlabel("bits per weight, scales included")
         ax.set_ylabel("KL divergence, nats a token: mean, and 99 %")
@@ -274,7 +279,7 @@ def _quality_panel(rows: Sequence[Quality]) -> Panel:
             ax.set_yscale("log")
             _legend(ax)
         else:
-            ax.text(0.5, 0.5, "KL 0: no difference", transform=ax.transAxes, ha="center")
+            ax.set_axis_off()
         ax.grid(alpha=0.3, which="both")
 
     return Panel(4.0, draw)

@@ -45,8 +45,8 @@ class Session:
 
         ids: at least one token id. logits: "last", float32 [vocab] after the last token; "all",
         float32 [tokens, vocab]; "none", None, which is cheaper. Raises ContextError if the
-        context cannot hold them, ArgumentError for ids outside the vocabulary; nothing changes
-        then.
+        context cannot hold them, MemoryLimitError if the model's limit cannot, ArgumentError for
+        ids outside the vocabulary; nothing changes then.
         """
         tokens = token_array(ids)
         if not len(tokens):
@@ -80,7 +80,8 @@ class Session:
     def snapshot(self) -> _native.Snapshot:
         """The exact state, to `restore` any number of times; `.n_tokens` and `.nbytes` tell size.
 
-        There is no other way back: a recurrent state cannot be cut to a shorter timeline.
+        There is no other way back: a recurrent state cannot be cut to a shorter timeline. Raises
+        MemoryLimitError if the model's limit leaves no room for it.
         """
         return self._native.snapshot()
 

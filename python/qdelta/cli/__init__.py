@@ -19,6 +19,7 @@ HELP = """Run the Qwen3.5 small models (0.8B, 2B, 4B, 9B) on this computer's CPU
   qdelta demo                                a story from the toy model inside the package
   qdelta chat Qwen/Qwen3.5-4B                talk to a model, fetched by its name
   qdelta run ./Qwen3.5-0.8B "The sea is"     continue a text
+  qdelta plan Qwen/Qwen3.5-9B                what of it fits into memory here?
   qdelta bench --synthetic 0.8B              how fast would that be here?
 
 A MODEL is a name on the Hugging Face Hub, a checkpoint folder, a converted file, a folder that
