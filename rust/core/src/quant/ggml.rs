@@ -166,7 +166,8 @@ impl BlockType {
 
     /// Codes, scales and offsets of a block. codes: [cols]; scales, offsets: [cols / 16].
     pub fn codes(self, b: &[u8], codes: &mut [i8], scales: &mut [f32], offsets: &mut [f32]) {
-        offsets.fill(0.0);
+        // What changes no number when it is added: plus zero would make zero of minus zero.
+        offsets.fill(-0.0);
         let d = self.halves().first().map_or(0.0, |at| half(b, *at));
         match self {
             BlockType::Q4_0 => {
