@@ -20,8 +20,8 @@ from qdelta.cli import cli
 from tiny import make_checkpoint
 
 COMMANDS = (
-    "bench", "chat", "convert", "demo", "eval", "export", "import", "inspect", "list", "plan", "pull",
-    "rm", "run", "verify",
+    "bench", "chat", "convert", "demo", "eval", "export", "import", "inspect", "list", "plan",
+    "pull", "rm", "run", "verify",
 )  # fmt: skip
 # Field names of llama-bench, which scripts that compare the two rely on.
 LLAMA_BENCH = {

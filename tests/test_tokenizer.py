@@ -336,5 +336,5 @@ def test_bad_vocab_and_merges(vocab, merges, message):
 
 def test_a_gguf_file_that_is_cut_short(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(qdelta.FileError, match="model.gguf: .* cut short"):
+    with pytest.raises(qdelta.FileError, match=r"model.gguf: .* cut short"):
         qdelta.Tokenizer(tmp_path / "model.gguf")
