@@ -71,15 +71,15 @@ def test_types_that_a_config_states():
         assert four == pytest.approx(2 * two, rel=0.01)
         # Two small matrices of each layer are kept as they are.
         four = qdelta.plan({**config, key: "float32"}, quant="w4").weights
-        assert four == pytest.approx(qdelta.plan(config).weights, rel=0.01)
+        assert four == pytest.approx(qdelta.plan(config, quant="w4").weights, rel=0.01)
     with pytest.raises(qdelta.UnsupportedError, match="int8"):
         qdelta.plan({**config, "dtype": "int8"})
 
 
 def test_the_published_sizes():
     """By hand: weights of 4.5 and 8.5 bits, bytes a token as docs/formats.md has them."""
-    small = qdelta.plan(SIZES["0.8B"], ctx=32768)
-    assert small.quant == "w4" and small.kv_format == "f16"
+    small = qdelta.plan(SIZES["0.8B"], quant="w4", ctx=32768)
+    assert small.kv_format == "f16"
     assert small.kv == 32768 * 12288
     head = 248320 * 1024
     wanted = (752_393_024 - head) * 4.5 / 8 + head * 8.5 / 8
@@ -102,6 +102,12 @@ def test_sessions_and_what_fits():
         assert words in text
     assert memory.size_text(three.total) in text.splitlines()[-1]
     assert len({len(line) for line in text.splitlines()[1:]}) == 1, "columns"
+
+
+def test_a_plan_without_quant_is_that_of_load():
+    assert qdelta.plan("demo").quant == qdelta.load("demo").native.quant == "none"
+    automatic = qdelta.plan(SIZES["0.8B"])
+    assert automatic.quant != "none" and automatic.weights < 0.4 * 2 * 752_393_024
 
 
 def test_settings_of_plans():
@@ -299,11 +305,11 @@ def test_the_table_of_plans():
 
 
 def test_plans_as_json():
-    args = ("plan", "demo", "--ctx", "100,4096", "--sessions", 2, "--json")
+    args = ("plan", "demo", "--quant", "auto,w8,w4", "--ctx", "100,4096", "--sessions", 2, "--json")
     report = json.loads(run(*args, "--memory", 10**7).stdout)
     assert report["memory"] == 10**7
     plans = report["plans"]
-    # As many tokens as the model has are the most; "auto" is another name of f16 or f32.
+    # As many tokens as the model has are the most; "auto" is another name.
     assert {plan["ctx"] for plan in plans} == {100, 2048}
     assert {plan["quant"] for plan in plans} == {"none", "w8", "w4"}
     assert len(plans) == 3 * 2 * 2

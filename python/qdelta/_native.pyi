@@ -197,12 +197,29 @@ class Model:
 class MemoryPlan:
     """Bytes by purpose."""
 
-    context: int  # tokens of a session
-    kv_format: str  # "f16", "f32" or "q8"
-    weights: int  # all tensors of the text model
-    kv: int  # attention cache of a session
-    state: int  # recurrent and convolution states of a session
-    scratch: int  # work buffers of a session
+    @property
+    def context(self) -> int:
+        """Tokens of a session."""
+
+    @property
+    def kv_format(self) -> str:
+        """Format of the KV cache: "f16", "f32" or "q8"."""
+
+    @property
+    def weights(self) -> int:
+        """All tensors of the text model."""
+
+    @property
+    def kv(self) -> int:
+        """KV cache of a full session."""
+
+    @property
+    def state(self) -> int:
+        """Recurrent and convolution states of a session."""
+
+    @property
+    def scratch(self) -> int:
+        """Work buffers of a session."""
 
 def memory_plan(
     model: Checkpoint | str,
