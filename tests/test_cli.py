@@ -390,7 +390,7 @@ def test_synthetic_models(monkeypatch: pytest.MonkeyPatch):
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in result.output.splitlines()]
     assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(4, 0), (0, 2)]
-    assert rows[0]["quant"] == "w4" and rows[0]["model_filename"] == "synthetic 0.8B"
+    assert rows[0]["quant"] == "balanced" and rows[0]["model_filename"] == "synthetic 0.8B"
     assert rows[1]["gb_per_s"] > 0 == rows[0]["gb_per_s"]
 
 

@@ -63,10 +63,10 @@ def test_small_models_stay_as_they_are(model: Path, cache: Path):
     assert not cache.exists()
 
 
-def test_auto_is_w4_for_others(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_auto_is_balanced_for_others(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weights, "SMALL_BYTES", 0)
-    assert weights.open_model(model, "auto", cache).quant == "w4"
-    assert converted(cache).name.endswith(".w4.safetensors")
+    assert weights.open_model(model, "auto", cache).quant == "balanced"
+    assert converted(cache).name.endswith(".balanced.safetensors")
 
 
 @pytest.mark.parametrize("quant", ["none", "w8", "w4"])
@@ -88,7 +88,7 @@ def test_formats_and_models_have_files_of_their_own(model: Path, tmp_path: Path,
 
 
 def test_an_unknown_format(model: Path, cache: Path):
-    with pytest.raises(qdelta.ArgumentError, match="'q4', expected one of: auto, none, w8, w4"):
+    with pytest.raises(qdelta.ArgumentError, match="'q4', expected one of: auto, none, balanced, small, best, w8, w4, gguf"):
         weights.open_model(model, "q4", cache)
 
 
@@ -172,7 +172,7 @@ def test_another_version(model: Path, cache: Path):
     weights.open_model(model, "w8", cache)
     path = converted(cache)
     content = path.read_bytes()
-    old = content.replace(b'"qdelta.version":"2"', b'"qdelta.version":"1"', 1)
+    old = content.replace(b'"qdelta.version":"3"', b'"qdelta.version":"1"', 1)
     assert old != content
     path.write_bytes(old)
     with pytest.raises(qdelta.UnsupportedError, match="version"):

@@ -66,7 +66,7 @@ impl QuantTile {
     /// Bytes on the heap for rows of `cols` columns.
     pub fn bytes_of(tokens: usize, cols: usize) -> usize {
         let padded = tokens * cols.next_multiple_of(BLOCK);
-        padded + 3 * 4 * padded / GROUP
+        padded + 4 * 4 * padded / GROUP
     }
 
     /// Quantises rows. x: [tokens, cols]; columns are padded with zeros to a whole block.
