@@ -8,8 +8,12 @@ there; it does.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 from . import vocabulary
 from .errors import FileError, UnsupportedError
@@ -21,6 +25,9 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 # Names of pre-tokenizers. Files of older programs may state the family's before, or none; the
 # architecture is known when this is read.
 _PRE_TOKENIZERS = ("qwen35", "qwen2", None)
+# Keys of tokens with a purpose, and their names in tokenizer_config.json.
+_NAMED = {"eos": "eos_token", "bos": "bos_token", "padding": "pad_token"}
+_MERGE = re.compile(r"[^ \r\n]+ [^ \r\n]+")
 # Ends a document; generation_config.json of the models names it beside the end of a turn.
 _END_OF_TEXT = "<|endoftext|>"
 _SAMPLING = {
@@ -30,95 +37,169 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
+_WORDS = {str: "a text", int: "a whole number"}
+
+_T = TypeVar("_T")
 
 
-def tokenizer_files(get: Callable[[str], Any]) -> dict[str, bytes]:
+def tokenizer_files(get: Callable[[str], Any], file_name: str) -> dict[str, bytes]:
     """Contents by name of the tokenizer files that the metadata describes.
 
-    get: value of a key, None if the file has none. Raises FileError for metadata that is damaged
-    or missing, UnsupportedError for another kind of tokenizer.
+    get: value of a key, None if the file has none. file_name: what errors call the file. Raises
+    FileError for metadata that is damaged or missing, UnsupportedError for another kind of
+    tokenizer.
     """
-    kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
-    if kind is None:
-        raise FileError("tokenizer.ggml.model: missing; the file carries no tokenizer")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise UnsupportedError(
-            f"tokenizer.ggml.model is {kind!r}, tokenizer.ggml.pre {pre!r}; only byte-level BPE of "
-            "Qwen3.5 ('gpt2', 'qwen35') is supported"
+    known = _Metadata(get, file_name)
+    known.check_kind()
+    tokens = known.values("tokenizer.ggml.tokens", str)
+    types = known.values("tokenizer.ggml.token_type", int)
+    if len(types) != len(tokens):
+        raise known.error(
+            "tokenizer.ggml.token_type", f"{len(types)} types of {len(tokens)} tokens"
         )
-    tokens = _strings(get, "tokenizer.ggml.tokens")
-    merges = _strings(get, "tokenizer.ggml.merges")
-    types = get("tokenizer.ggml.token_type")
-    if not isinstance(types, list) or len(types) != len(tokens):
-        count = len(types) if isinstance(types, list) else 0
-        raise FileError(f"tokenizer.ggml.token_type: {count} entries, expected {len(tokens)}")
-    vocab: dict[str, int] = {}
-    added: dict[str, dict[str, Any]] = {}
-    for id, (text, type) in enumerate(zip(tokens, types, strict=True)):
-        if type == _NORMAL:
-            if vocab.setdefault(text, id) != id:
-                raise FileError(f"tokenizer.ggml.tokens: {text!r} is there twice")
-        elif type in (_CONTROL, _USER_DEFINED):
-            added[str(id)] = {"content": text, "special": type == _CONTROL}
-        elif type != _UNUSED:
-            raise FileError(f"tokenizer.ggml.token_type: token {id} has the unknown type {type!r}")
-
-    config: dict[str, Any] = {"added_tokens_decoder": added}
-    for name, key in (("eos_token", "eos"), ("bos_token", "bos"), ("pad_token", "padding")):
-        named = _token_id(get, f"tokenizer.ggml.{key}_token_id", len(tokens))
-        if named is not None:
-            config[name] = tokens[named]
-    files = {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
-        "merges.txt": "\n".join(merges).encode(),
-        "tokenizer_config.json": json.dumps(config, ensure_ascii=False).encode(),
-        "generation_config.json": json.dumps(_generation_config(get, tokens)).encode(),
+    config = {
+        "added_tokens_decoder": _added_tokens(known, tokens, types),
+        **{name: tokens[id] for name, id in known.named_tokens(len(tokens))},
     }
-    template = get("tokenizer.chat_template")
+    files = {
+        "vocab.json": _encoded(_ordinary_tokens(known, tokens, types)),
+        # The comment keeps the first merge from being taken for one.
+        "merges.txt": "\n".join(["#version: 0.2", *_merges_of(known)]).encode(),
+        "tokenizer_config.json": _encoded(config),
+        "generation_config.json": _encoded(_generation_config(known, tokens)),
+    }
+    template = known.value("tokenizer.chat_template", str)
     if template is not None:
-        if not isinstance(template, str):
-            raise FileError("tokenizer.chat_template: no text")
         files["chat_template.jinja"] = template.encode()
     return files
 
 
-def _strings(get: Callable[[str], Any], key: str) -> list[str]:
-    values = get(key)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        found = "missing" if values is None else "no list of texts"
-        raise FileError(f"{key}: {found}")
-    return values
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    """Values by key; errors name the file and the key."""
+
+    get: Callable[[str], Any]
+    file_name: str
+
+    def error(self, key: str, problem: str) -> FileError:
+        return FileError(f"{self.file_name}: key `{key}`: {problem}")
+
+    def value(self, key: str, kind: type[_T]) -> _T | None:
+        value = self.get(key)
+        if value is not None and type(value) is not kind:
+            raise self.error(key, f"{_WORDS[kind]} expected, found {_shown(value)}")
+        return value
+
+    def values(self, key: str, kind: type[_T]) -> Sequence[_T]:
+        values = self.get(key)
+        if values is None:
+            raise self.error(key, "missing")
+        # The elements of a list are of one type; this is quick enough to look at all of them.
+        if not isinstance(values, list) or not set(map(type, values)) <= {kind}:
+            found = "another list" if isinstance(values, list) else _shown(values)
+            raise self.error(key, f"a list expected, of {_WORDS[kind]} each, found {found}")
+        return values
+
+    def check_kind(self) -> None:
+        """Raises unless this is byte-level BPE with the family's splitting of text."""
+        kind, pre = (self.value(f"tokenizer.ggml.{key}", str) for key in ("model", "pre"))
+        if kind is None:
+            raise self.error("tokenizer.ggml.model", "missing; the file carries no tokenizer")
+        if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+            raise UnsupportedError(
+                f"{self.file_name}: `tokenizer.ggml.model` is {_shown(kind)}, `tokenizer.ggml.pre` "
+                f"{_shown(pre)}; only byte-level BPE of Qwen3.5 ('gpt2', 'qwen35') is supported"
+            )
+
+    def named_tokens(self, count: int) -> Iterator[tuple[str, int]]:
+        """Name in tokenizer_config.json, and id below `count`, of tokens with a purpose."""
+        for key, name in _NAMED.items():
+            key = f"tokenizer.ggml.{key}_token_id"
+            id = self.value(key, int)
+            if id is not None and not 0 <= id < count:
+                raise self.error(key, f"{id}, expected a token id below {count}")
+            if id is not None:
+                yield name, id
 
 
-def _token_id(get: Callable[[str], Any], key: str, count: int) -> int | None:
-    id = get(key)
-    if id is None:
-        return None
-    if type(id) is not int or not 0 <= id < count:
-        raise FileError(f"{key} is {id!r}, expected a token id below {count}")
-    return id
+def _shown(value: object) -> str:
+    """A value in an error; files may hold anything, of any length."""
+    return textwrap.shorten(repr(value), 60)
 
 
-def _generation_config(get: Callable[[str], Any], tokens: list[str]) -> dict[str, Any]:
-    ends = [_token_id(get, "tokenizer.ggml.eos_token_id", len(tokens))]
+def _encoded(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _ordinary_tokens(
+    known: _Metadata, tokens: Sequence[str], types: Sequence[int]
+) -> dict[str, int]:
+    typed = enumerate(zip(tokens, types, strict=True))
+    vocab = {text: id for id, (text, type) in typed if type == _NORMAL}
+    if len(vocab) != types.count(_NORMAL):
+        _raise_twice(known, (t for t, type in zip(tokens, types, strict=True) if type == _NORMAL))
+    return vocab
+
+
+def _added_tokens(
+    known: _Metadata, tokens: Sequence[str], types: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """As `added_tokens_decoder` has them."""
+    added: dict[str, dict[str, Any]] = {}
+    for id, type in enumerate(types):
+        if type in (_CONTROL, _USER_DEFINED):
+            if not tokens[id]:
+                raise known.error("tokenizer.ggml.tokens", f"the added token {id} is empty")
+            added[str(id)] = {"content": tokens[id], "special": type == _CONTROL}
+        elif type not in (_NORMAL, _UNUSED):
+            raise known.error("tokenizer.ggml.token_type", f"token {id} has the type {type}")
+    texts = [token["content"] for token in added.values()]
+    if len(set(texts)) != len(texts):
+        _raise_twice(known, texts)
+    return added
+
+
+def _raise_twice(known: _Metadata, texts: Iterable[str]) -> NoReturn:
+    (text, _), *_ = Counter(texts).most_common(1)
+    raise known.error("tokenizer.ggml.tokens", f"{_shown(text)} is there twice")
+
+
+def _merges_of(known: _Metadata) -> Sequence[str]:
+    key = "tokenizer.ggml.merges"
+    merges = known.values(key, str)
+    wrong = next((i for i, merge in enumerate(merges) if not _MERGE.fullmatch(merge)), None)
+    if wrong is not None:
+        raise known.error(key, f"entry {wrong} is {_shown(merges[wrong])}, expected two tokens")
+    return merges
+
+
+def _generation_config(known: _Metadata, tokens: Sequence[str]) -> dict[str, Any]:
+    ends = {id for name, id in known.named_tokens(len(tokens)) if name == "eos_token"}
     if _END_OF_TEXT in tokens:
-        ends.append(tokens.index(_END_OF_TEXT))
-    config: dict[str, Any] = {"eos_token_id": sorted({id for id in ends if id is not None})}
+        ends.add(tokens.index(_END_OF_TEXT))
+    config: dict[str, Any] = {"eos_token_id": sorted(ends)}
     for key, name in _SAMPLING.items():
-        value = get(f"general.sampling.{key}")
+        value = known.get(f"general.sampling.{key}")
         if value is not None:
-            config[name] = value
+            # The decimal that was rounded to f32, 0.6 and not 0.6000000238.
+            config[name] = float(f"{value:.7g}") if type(value) is float else value
     return config
 
 
-def metadata(files: Mapping[str, bytes], *, name: str, vocab_size: int) -> list[tuple[str, Any]]:
+def metadata(
+    files: Mapping[str, bytes], *, name: str, licence: str | None, vocab_size: int
+) -> list[tuple[str, Any]]:
     """Metadata of a GGUF file beside that of the architecture.
 
-    files: contents by name of the tokenizer's files; name: of the model; vocab_size: rows of the
-    embedding, of which those without a token are called [PADn]. Raises FileError or
+    files: contents by name of the tokenizer's files. name, licence: of the model. vocab_size: rows
+    of the embedding, of which those without a token are called [PADn]. Raises FileError or
     UnsupportedError.
     """
     found = vocabulary.build(files)
+    if found.size > vocab_size:
+        raise FileError(
+            f"tokenizer: {found.size} ids, the embedding has rows for {vocab_size} tokens"
+        )
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     for text, id in found.bpe.get_vocab(with_added_tokens=False).items():
@@ -128,7 +209,6 @@ def metadata(files: Mapping[str, bytes], *, name: str, vocab_size: int) -> list[
     entries: list[tuple[str, Any]] = [
         ("general.type", "model"),
         ("general.name", name),
-        ("general.license", "apache-2.0"),
         ("tokenizer.ggml.model", "gpt2"),
         ("tokenizer.ggml.pre", _PRE_TOKENIZERS[0]),
         ("tokenizer.ggml.tokens", tokens),
@@ -143,12 +223,22 @@ def metadata(files: Mapping[str, bytes], *, name: str, vocab_size: int) -> list[
             entries.append((f"tokenizer.ggml.{key}_token_id", ids[named]))
     if found.chat_template is not None:
         entries.append(("tokenizer.chat_template", found.chat_template))
-    stated = vocabulary.parse_json(files, "generation_config.json")
-    for key, wanted in _SAMPLING.items():
-        value = stated.get(wanted)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            number = int(value) if key == "top_k" else float(value)
-            entries.append((f"general.sampling.{key}", number))
+    if licence is not None:
+        entries.append(("general.license", licence))
+    return entries + _sampling(vocabulary.parse_json(files, "generation_config.json"))
+
+
+def _sampling(generation_config: Mapping[str, Any]) -> list[tuple[str, int | float]]:
+    from . import profiles
+
+    profiles.profiles({}, generation_config)  # raises FileError for what is no such value
+    entries: list[tuple[str, int | float]] = []
+    for key, name in _SAMPLING.items():
+        value = generation_config.get(name)
+        if value is not None:
+            # -1 is off, too, but the file has no negative numbers; no vocabulary is that large.
+            value = min(max(value, 0), 2**31 - 1) if name == "top_k" else float(value)
+            entries.append((f"general.sampling.{key}", value))
     return entries
 
 

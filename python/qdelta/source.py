@@ -70,7 +70,7 @@ def tokenizer_files(path: Path, checkpoint: _native.Checkpoint | None = None) ->
 
         checkpoint = _native.Checkpoint(str(path))
     if checkpoint.quant == "none" and checkpoint.convention == "gguf":
-        return gguf.tokenizer_files(checkpoint.gguf_value)
+        return gguf.tokenizer_files(checkpoint.gguf_value, path.name)
     found = {name: checkpoint.attachment(name) for name in TOKENIZER_FILES}
     files = {name: content for name, content in found.items() if content is not None}
     if not files:

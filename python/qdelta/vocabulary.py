@@ -158,18 +158,16 @@ def _from_vocab_and_merges(
         if type(id) is not int or not 0 <= id < 2**31:
             raise FileError(f"vocab.json: entry {text!r} has the id {id!r}")
     try:
-        lines = files["merges.txt"].decode("utf-8").split("\n")
+        lines = files["merges.txt"].decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise FileError(f"merges.txt: not valid UTF-8: {error}") from error
-    merges = []
+    if lines[0].startswith("#version"):
+        lines[0] = ""
     for number, line in enumerate(lines, 1):
-        line = line.removesuffix("\r")
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2:
-            raise FileError(f"merges.txt:{number}: two tokens expected, found {len(pair)}")
-        merges.append((pair[0], pair[1]))
+        if line and line.count(" ") != 1:
+            found = line.count(" ") + 1
+            raise FileError(f"merges.txt:{number}: two tokens expected, found {found}")
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
     pattern = config.get("pretokenize_regex") or PRE_TOKENIZER
 
     def assemble() -> tokenizers.Tokenizer:

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -163,9 +164,29 @@ def convert_to_gguf(
     called = path.resolve().name.removesuffix(".gguf")
     text = json.loads(source.config_json)
     vocab_size = text.get("text_config", text)["vocab_size"]
-    metadata = gguf.metadata(tokenizer_files(path, source), name=called, vocab_size=vocab_size)
+    metadata = gguf.metadata(
+        tokenizer_files(path, source),
+        name=called,
+        licence=_licence(source, path),
+        vocab_size=vocab_size,
+    )
     with byte_bar(f"Writing {called} as {dtype}", progress) as report:
         _native.export_gguf(source, os.fspath(out), dtype=dtype, metadata=metadata, progress=report)
+
+
+def _licence(source: _native.Checkpoint, path: Path) -> str | None:
+    """The licence as a GGUF file states it, or the card of a model on the hub."""
+    stated = source.gguf_value("general.license")
+    if isinstance(stated, str):
+        return stated
+    try:
+        card = (path / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None  # cards are for people; none is needed
+    first, _, rest = card.partition("\n")
+    front, end, _ = rest.partition("\n---")
+    found = re.search(r"^license: *([\w.+-]+) *$", front, re.MULTILINE)
+    return found[1] if first == "---" and end and found else None
 
 
 def automatic(source: _native.Checkpoint) -> str:
