@@ -4,6 +4,7 @@ use crate::convert::{FileSink, Progress, Sink, Temporary};
 use crate::error::{Error, Result};
 use crate::files::Convention;
 use crate::files::gguf_write::{ALIGNMENT, Entry, TensorInfo, header};
+use crate::kernels::rope::Yarn;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::{Config, LayerType};
 use crate::model::gguf;
@@ -36,6 +37,16 @@ pub fn to_gguf(
     if fs::symlink_metadata(out).is_ok() {
         return Err(Error::Argument(format!("{}: exists, expected a free name", out.display())));
     }
+    if let Some(yarn) = &source.config.rope.yarn {
+        let usual = Yarn::new(yarn.factor, yarn.original_max_position_embeddings).attention_factor;
+        if yarn.attention_factor != usual {
+            return Err(Error::Unsupported(format!(
+                "{}: `attention_factor` is {}, GGUF files have no place for another than {usual}",
+                source.name(),
+                yarn.attention_factor
+            )));
+        }
+    }
     source.check_values()?;
     let specs: Vec<&TensorSpec> =
         source.specs().iter().filter(|spec| spec.role != Role::Vision).collect();
@@ -51,7 +62,8 @@ pub fn to_gguf(
     }
     let infos: Vec<TensorInfo> = parts.iter().map(Part::info).collect();
     let mut all = vec![("general.architecture".to_owned(), text("qwen35"))];
-    all.extend(architecture(&source.config));
+    let mtp_layers = if source.has_mtp() { source.config.mtp_num_hidden_layers } else { 0 };
+    all.extend(architecture(&source.config, mtp_layers));
     all.push(("general.file_type".to_owned(), Entry::U32(file_type)));
     all.push(("general.quantization_version".to_owned(), Entry::U32(2)));
     all.extend(entries);
@@ -105,12 +117,12 @@ fn text(text: &str) -> Entry {
 }
 
 /// Metadata of the architecture.
-fn architecture(config: &Config) -> Vec<(String, Entry)> {
+fn architecture(config: &Config, mtp_layers: usize) -> Vec<(String, Entry)> {
     let layers = config.num_hidden_layers;
     let count = |n: usize| Entry::U32(n as u32);
     let [time, height, width] = config.rope.mrope_section.map(|n| n as i32);
     let mut out = vec![
-        ("block_count", count(layers + config.mtp_num_hidden_layers)),
+        ("block_count", count(layers + mtp_layers)),
         ("context_length", count(config.max_position_embeddings)),
         ("embedding_length", count(config.hidden_size)),
         ("feed_forward_length", count(config.intermediate_size)),
@@ -128,8 +140,8 @@ fn architecture(config: &Config) -> Vec<(String, Entry)> {
         ("ssm.time_step_rank", count(config.linear_num_value_heads)),
         ("ssm.inner_size", count(config.value_dim())),
     ];
-    if config.mtp_num_hidden_layers > 0 {
-        out.push(("nextn_predict_layers", count(config.mtp_num_hidden_layers)));
+    if mtp_layers > 0 {
+        out.push(("nextn_predict_layers", count(mtp_layers)));
     }
     let first_full = config.layer_types.iter().position(|l| *l == LayerType::FullAttention);
     let interval = first_full.map_or(layers + 1, |i| i + 1);
@@ -140,7 +152,7 @@ fn architecture(config: &Config) -> Vec<(String, Entry)> {
     if !config.layer_types.iter().enumerate().all(regular) {
         let mut recurrent: Vec<bool> =
             config.layer_types.iter().map(|l| *l == LayerType::LinearAttention).collect();
-        recurrent.resize(layers + config.mtp_num_hidden_layers, false);
+        recurrent.resize(layers + mtp_layers, false);
         out.push(("attention.recurrent_layers", Entry::Bools(recurrent)));
     }
     if let Some(yarn) = &config.rope.yarn {
@@ -148,6 +160,8 @@ fn architecture(config: &Config) -> Vec<(String, Entry)> {
         out.push(("rope.scaling.factor", Entry::F32(yarn.factor as f32)));
         let original = count(yarn.original_max_position_embeddings);
         out.push(("rope.scaling.original_context_length", original));
+        out.push(("rope.scaling.yarn_beta_fast", Entry::F32(yarn.beta_fast as f32)));
+        out.push(("rope.scaling.yarn_beta_slow", Entry::F32(yarn.beta_slow as f32)));
     }
     out.into_iter().map(|(key, entry)| (format!("qwen35.{key}"), entry)).collect()
 }
@@ -170,6 +184,20 @@ struct Part<'a> {
     change: Change,
     heads: Option<Heads>,
     name: String,
+    /// As errors say it.
+    place: String,
+}
+
+/// The largest number that a type takes.
+fn largest(dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::F16 => f16::MAX.to_f32(),
+        Dtype::Bf16 => bf16::MAX.to_f32(),
+        // Codes and an f16 scale.
+        Dtype::Blocks(BlockType::Q8_0) => 127.0 * f16::MAX.to_f32(),
+        Dtype::Blocks(BlockType::Q4_0) => 8.0 * f16::MAX.to_f32(),
+        _ => f32::MAX,
+    }
 }
 
 /// Value heads that move from grouped to tiled order: those of rows, or of columns.
@@ -229,7 +257,7 @@ impl<'a> Part<'a> {
             (_, dtype) => dtype,
         };
         let name = gguf::gguf_name(&spec.name, config.num_hidden_layers);
-        Part { spec, tensor, dtype, change, heads, name }
+        Part { spec, tensor, dtype, change, heads, name, place: source.place(&spec.name) }
     }
 
     /// Rows and columns: a vector is a column where its heads move.
@@ -276,12 +304,6 @@ impl<'a> Part<'a> {
         let bytes = format.bytes(1, cols);
         let mut values = vec![0.0; cols];
         widen(format, &self.tensor.bytes[from * bytes..][..bytes], &mut values);
-        if let Some(x) = values.iter().find(|x| !x.is_finite()) {
-            return Err(Error::File(format!(
-                "tensor `{}`: row {from} holds {x}, expected finite numbers",
-                self.spec.name
-            )));
-        }
         if let Some(heads) = self.heads.filter(|heads| heads.columns) {
             values = (0..cols).map(|i| values[heads.source(i)]).collect();
         }
@@ -289,6 +311,15 @@ impl<'a> Part<'a> {
             Change::None => {}
             Change::AddOne => values.iter_mut().for_each(|x| *x += 1.0),
             Change::MinusExp => values.iter_mut().for_each(|x| *x = -x.exp()),
+        }
+        let largest = largest(self.dtype);
+        // Not a number is not within.
+        let within = |x: f32| x.abs() <= largest;
+        if let Some(x) = values.iter().find(|x| !within(**x)) {
+            let (place, dtype) = (&self.place, self.dtype.name());
+            return Err(Error::File(format!(
+                "{place}: row {from} holds {x}, expected finite numbers, as {dtype} up to {largest}"
+            )));
         }
         Ok(match self.dtype {
             Dtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),

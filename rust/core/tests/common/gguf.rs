@@ -2,7 +2,7 @@
 
 use super::{encode, values};
 use qdelta_core::model::config::Config;
-use qdelta_core::model::tensors::{mtp_tensors, text_tensors};
+use qdelta_core::model::tensors::{TensorSpec, mtp_tensors, text_tensors};
 use qdelta_core::quant::BlockType;
 use serde_json::Value as Json;
 use std::fs;
@@ -259,4 +259,42 @@ pub fn name(canonical: &str, layers: usize) -> String {
             format!("blk.{i}.{stem}.weight")
         }
     }
+}
+
+/// What the converter makes of a tensor's values: 1 added to norms, -exp(A_log), value heads moved.
+pub fn converted(config: &Config, spec: &TensorSpec, mut values: Vec<f32>) -> Vec<f32> {
+    let name = &spec.name;
+    if name.contains("norm") && !name.ends_with("linear_attn.norm.weight") {
+        values.iter_mut().for_each(|x| *x += 1.0);
+    }
+    if name.ends_with("A_log") {
+        values.iter_mut().for_each(|x| *x = -x.exp());
+    }
+    let heads = |values: &[f32], d: usize| {
+        let (keys, r) = (config.linear_num_key_heads, config.values_per_key());
+        let from = |j: usize| (j % keys) * r + j / keys;
+        let heads = (0..keys * r).flat_map(|j| &values[from(j) * d..][..d]);
+        heads.copied().collect::<Vec<f32>>()
+    };
+    let (d_v, taps) = (config.linear_value_head_dim, config.linear_conv_kernel_dim);
+    let row = spec.shape[1..].iter().product::<usize>();
+    let q_and_k = 2 * config.key_dim();
+    match name.split_once("linear_attn.").map_or("", |(_, part)| part) {
+        "in_proj_qkv.weight" => {
+            let moved = heads(&values[q_and_k * row..], d_v * row);
+            values.splice(q_and_k * row.., moved).for_each(drop);
+        }
+        "conv1d.weight" => {
+            let moved = heads(&values[q_and_k * taps..], d_v * taps);
+            values.splice(q_and_k * taps.., moved).for_each(drop);
+        }
+        "in_proj_z.weight" => values = heads(&values, d_v * row),
+        "in_proj_a.weight" | "in_proj_b.weight" => values = heads(&values, row),
+        "A_log" | "dt_bias" => values = heads(&values, 1),
+        "out_proj.weight" => {
+            values = values.chunks_exact(row).flat_map(|row| heads(row, d_v)).collect();
+        }
+        _ => {}
+    }
+    values
 }
