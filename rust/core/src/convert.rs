@@ -97,12 +97,13 @@ impl<'a> Job<'a> {
                 self.source.quant
             )));
         }
-        let gguf = self.source.convention == Convention::Gguf;
-        if self.quant == Quant::None || self.quant == Quant::Gguf && !gguf {
-            let own = if gguf { "gguf, " } else { "" };
+        if self.quant == Quant::None {
+            return Err(Error::Argument("quant is `none`, which converts nothing".to_owned()));
+        }
+        if self.quant == Quant::Gguf && self.source.convention != Convention::Gguf {
             return Err(Error::Argument(format!(
-                "quant is `{}`, expected {own}w8 or w4",
-                self.quant
+                "quant is `gguf`, which is for GGUF files; {} is none, balanced would do",
+                self.source.name()
             )));
         }
         // Before a long work that would end in the same error.
@@ -160,7 +161,8 @@ impl<'a> Job<'a> {
             let tensor = source.tensor(&spec.name).ok_or_else(|| {
                 Error::Internal(format!("tensor `{}` of the table is not bound", spec.name))
             })?;
-            let storage = recipe::storage(self.quant, &self.chosen, spec, tensor.dtype)?;
+            let storage = recipe::storage(self.quant, &self.chosen, spec, tensor.dtype)
+                .map_err(|error| error.in_file(self.source.name()))?;
             let (dtype, part) = match storage {
                 Storage::Coded(format) => (Dtype::U8, Part::Coded { spec, tensor, format }),
                 Storage::F32 => (Dtype::F32, Part::Floats { name: &spec.name }),

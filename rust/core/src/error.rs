@@ -33,6 +33,15 @@ impl Error {
     pub(crate) fn io(path: &Path, source: io::Error) -> Error {
         Error::Io { path: path.to_owned(), source }
     }
+
+    /// The same, said of a file.
+    pub(crate) fn in_file(self, name: &str) -> Error {
+        match self {
+            Error::File(text) => Error::File(format!("{name}: {text}")),
+            Error::Unsupported(text) => Error::Unsupported(format!("{name}: {text}")),
+            other => other,
+        }
+    }
 }
 
 impl fmt::Display for Error {
