@@ -43,9 +43,7 @@ def stored(type: str) -> Tensors:
 
 @functools.lru_cache(maxsize=8)
 def load(path: Path, quant: str, isa: str | None = None, cache: bool | None = None):
-    return qdelta.load(
-        path, quant=quant, kv="f32", isa=isa, threads=2, cache=cache, progress=False
-    )
+    return qdelta.load(path, quant=quant, kv="f32", isa=isa, threads=2, cache=cache, progress=False)
 
 
 # ---------------------------------------------------------------------------------- numbers
@@ -190,7 +188,9 @@ def test_auto(tmp_path, monkeypatch):
 
 
 def test_gguf_is_for_gguf_files(folder, tmp_path):
-    with pytest.raises(qdelta.ArgumentError, match="`gguf`, which is for GGUF files; .*checkpoint is none"):
+    with pytest.raises(
+        qdelta.ArgumentError, match=r"`gguf`, which is for GGUF files; .*checkpoint is none"
+    ):
         weights.open_model(folder, "gguf", tmp_path)
 
 

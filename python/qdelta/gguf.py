@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class _Metadata:
     def value(self, key: str, kind: type[_T]) -> _T | None:
         value = self.get(key)
         if value is not None and type(value) is not kind:
-            raise self.error(key, f"{_WORDS[kind]} expected, found {_shown(value)}")
+            raise self.error(key, f"{_WORDS[kind]} expected, found {reprlib.repr(value)}")
         return value
 
     def values(self, key: str, kind: type[_T]) -> Sequence[_T]:
@@ -96,7 +96,7 @@ class _Metadata:
             raise self.error(key, "missing")
         # The elements of a list are of one type; this is quick enough to look at all of them.
         if not isinstance(values, list) or not set(map(type, values)) <= {kind}:
-            found = "another list" if isinstance(values, list) else _shown(values)
+            found = "another list" if isinstance(values, list) else reprlib.repr(values)
             raise self.error(key, f"a list expected, of {_WORDS[kind]} each, found {found}")
         return values
 
@@ -107,8 +107,9 @@ class _Metadata:
             raise self.error("tokenizer.ggml.model", "missing; the file carries no tokenizer")
         if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
             raise UnsupportedError(
-                f"{self.file_name}: `tokenizer.ggml.model` is {_shown(kind)}, `tokenizer.ggml.pre` "
-                f"{_shown(pre)}; only byte-level BPE of Qwen3.5 ('gpt2', 'qwen35') is supported"
+                f"{self.file_name}: tokenizer.ggml.model is {reprlib.repr(kind)}, "
+                f"tokenizer.ggml.pre {reprlib.repr(pre)}; only byte-level BPE of Qwen3.5 ('gpt2', "
+                "'qwen35') is supported"
             )
 
     def named_tokens(self, count: int) -> Iterator[tuple[str, int]]:
@@ -120,11 +121,6 @@ class _Metadata:
                 raise self.error(key, f"{id}, expected a token id below {count}")
             if id is not None:
                 yield name, id
-
-
-def _shown(value: object) -> str:
-    """A value in an error; files may hold anything, of any length."""
-    return textwrap.shorten(repr(value), 60)
 
 
 def _encoded(value: dict[str, Any]) -> bytes:
@@ -161,7 +157,7 @@ def _added_tokens(
 
 def _raise_twice(known: _Metadata, texts: Iterable[str]) -> NoReturn:
     (text, _), *_ = Counter(texts).most_common(1)
-    raise known.error("tokenizer.ggml.tokens", f"{_shown(text)} is there twice")
+    raise known.error("tokenizer.ggml.tokens", f"{reprlib.repr(text)} is there twice")
 
 
 def _merges_of(known: _Metadata) -> Sequence[str]:
@@ -169,7 +165,9 @@ def _merges_of(known: _Metadata) -> Sequence[str]:
     merges = known.values(key, str)
     wrong = next((i for i, merge in enumerate(merges) if not _MERGE.fullmatch(merge)), None)
     if wrong is not None:
-        raise known.error(key, f"entry {wrong} is {_shown(merges[wrong])}, expected two tokens")
+        raise known.error(
+            key, f"entry {wrong} is {reprlib.repr(merges[wrong])}, expected two tokens"
+        )
     return merges
 
 
