@@ -89,13 +89,14 @@ def export_gguf(
     *,
     dtype: str,
     metadata: list[tuple[str, Any]],
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the text model and multi-token prediction of `source` as a GGUF file.
 
     dtype: of the matrices, "BF16", "F16", "F32", "Q8_0" or "Q4_0". metadata: beside that of the
-    architecture; int is stored as u32, float as f32, a list of int as i32. progress, and what is
-    left behind by an error: as for `convert`. Raises ArgumentError if `out` exists.
+    architecture; int is stored as u32, float as f32, a list of int as i32. threads, progress, and
+    what is left behind by an error: as for `convert`. Raises ArgumentError if `out` exists.
     """
 
 def losses(

@@ -154,6 +154,7 @@ def convert_to_gguf(
     *,
     dtype: str,
     progress: bool | None = None,
+    threads: int | None = None,
 ) -> None:
     """Write `source`, which was opened from `path`, as the GGUF file `out`.
 
@@ -171,7 +172,14 @@ def convert_to_gguf(
         vocab_size=vocab_size,
     )
     with byte_bar(f"Writing {called} as {dtype}", progress) as report:
-        _native.export_gguf(source, os.fspath(out), dtype=dtype, metadata=metadata, progress=report)
+        _native.export_gguf(
+            source,
+            os.fspath(out),
+            dtype=dtype,
+            metadata=metadata,
+            threads=threads,
+            progress=report,
+        )
 
 
 def _licence(source: _native.Checkpoint, path: Path) -> str | None:

@@ -42,7 +42,7 @@ from .common import read_text, reading, table_console, yarn_option
     "--type",
     "gguf_type",
     type=click.Choice(["BF16", "Q8_0", "Q4_0", "F16", "F32"], case_sensitive=False),
-    help="Type of the matrices in a GGUF file; default: Q8_0.",
+    help="Type of the matrices in a GGUF file; default: Q8_0. With Q4_0 embedding and head are Q8_0.",
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
 @click.option(
@@ -89,7 +89,7 @@ def convert(
     if to == "gguf":
         if recipe != "auto" or calibrate is not None:
             raise click.UsageError("--recipe and --calibrate are not for --to gguf, --type is")
-        weights.convert_to_gguf(source, path, out, dtype=gguf_type or "Q8_0")
+        weights.convert_to_gguf(source, path, out, dtype=gguf_type or "Q8_0", threads=threads)
         click.echo(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB", err=True)
         return
     if gguf_type is not None:

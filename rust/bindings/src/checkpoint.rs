@@ -129,13 +129,14 @@ fn reporting<T: Send>(
 
 /// Writes a GGUF file.
 #[pyfunction]
-#[pyo3(signature = (source, out, *, dtype, metadata, progress=None))]
+#[pyo3(signature = (source, out, *, dtype, metadata, threads=None, progress=None))]
 pub fn export_gguf(
     py: Python<'_>,
     source: &Checkpoint,
     out: PathBuf,
     dtype: &str,
     metadata: Vec<(String, Bound<'_, PyAny>)>,
+    threads: Option<usize>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<()> {
     let known = [Dtype::F32, Dtype::F16, Dtype::Bf16];
@@ -148,8 +149,9 @@ pub fn export_gguf(
         .map(|(key, value)| Ok((key, entry(&value)?)))
         .collect::<PyResult<Vec<_>>>()?;
     let source = &source.inner;
-    let (result, raised) =
-        reporting(py, progress, |report| export::to_gguf(source, dtype, entries, &out, report));
+    let (result, raised) = reporting(py, progress, |report| {
+        export::to_gguf(source, dtype, entries, &out, threads, report)
+    });
     match (result, raised) {
         (Err(Error::Interrupted), Some(raised)) => Err(raised),
         (result, _) => result.map_err(|error| exception(py, error)),

@@ -222,7 +222,7 @@ enum Part<'a> {
     File(&'a Attachment),
 }
 
-fn thread_pool(threads: usize) -> Result<ThreadPool> {
+pub(crate) fn thread_pool(threads: usize) -> Result<ThreadPool> {
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads::checked(threads)?);
     builder.build().map_err(|e| Error::Internal(format!("no threads: {e}")))
 }

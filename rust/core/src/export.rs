@@ -1,6 +1,6 @@
 //! Writes a checkpoint as a GGUF file that llama.cpp reads.
 
-use crate::convert::{FileSink, Progress, Sink, Temporary};
+use crate::convert::{FileSink, Progress, Sink, Temporary, thread_pool};
 use crate::error::{Error, Result};
 use crate::files::Convention;
 use crate::files::gguf_write::{ALIGNMENT, Entry, TensorInfo, header};
@@ -14,6 +14,7 @@ use crate::tensor::{Dtype, Tensor, widen};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 /// Values that are made before they are written.
@@ -23,43 +24,26 @@ const SLAB_VALUES: usize = 4 << 20;
 ///
 /// dtype: of the matrices, BF16, F16, F32, Q8_0 or Q4_0. In a Q4_0 file embedding, head, decay and
 /// write strength are Q8_0; rows that are no multiple of 32 are F16. Other tensors are F32. entries:
-/// metadata beside that of the architecture, like the tokenizer's. The file appears at `out`, which
-/// must be free, only when it is whole; if `progress` returns false, the result is
-/// [`Error::Interrupted`].
+/// metadata beside that of the architecture, like the tokenizer's. threads: 1 to 1024, or rayon's
+/// own choice. The file appears at `out`, which must be free, only when it is whole; if `progress`
+/// returns false, the result is [`Error::Interrupted`].
 pub fn to_gguf(
     source: &Checkpoint,
     dtype: Dtype,
     entries: Vec<(String, Entry)>,
     out: &Path,
+    threads: Option<usize>,
     progress: &mut Progress,
 ) -> Result<()> {
     let file_type = file_type(dtype)?;
+    let pool = threads.map(thread_pool).transpose()?;
     if fs::symlink_metadata(out).is_ok() {
         return Err(Error::Argument(format!("{}: exists, expected a free name", out.display())));
     }
-    if let Some(yarn) = &source.config.rope.yarn {
-        let usual = Yarn::new(yarn.factor, yarn.original_max_position_embeddings).attention_factor;
-        if yarn.attention_factor != usual {
-            return Err(Error::Unsupported(format!(
-                "{}: `attention_factor` is {}, GGUF files have no place for another than {usual}",
-                source.name(),
-                yarn.attention_factor
-            )));
-        }
-    }
+    check_yarn(source)?;
     source.check_values()?;
-    let specs: Vec<&TensorSpec> =
-        source.specs().iter().filter(|spec| spec.role != Role::Vision).collect();
-    let mut parts = Vec::with_capacity(specs.len());
-    for spec in specs {
-        let tensor = source.tensor(&spec.name).filter(|t| t.dtype.is_float()).ok_or_else(|| {
-            Error::Unsupported(format!(
-                "{}: quantised already; give the original weights, or use the file as it is",
-                source.place(&spec.name)
-            ))
-        })?;
-        parts.push(Part::new(source, spec, tensor, dtype));
-    }
+    let specs = source.specs().iter().filter(|spec| spec.role != Role::Vision);
+    let parts = specs.map(|spec| Part::new(source, spec, dtype)).collect::<Result<Vec<_>>>()?;
     let infos: Vec<TensorInfo> = parts.iter().map(Part::info).collect();
     let mut all = vec![("general.architecture".to_owned(), text("qwen35"))];
     let mtp_layers = if source.has_mtp() { source.config.mtp_num_hidden_layers } else { 0 };
@@ -67,6 +51,7 @@ pub fn to_gguf(
     all.push(("general.file_type".to_owned(), Entry::U32(file_type)));
     all.push(("general.quantization_version".to_owned(), Entry::U32(2)));
     all.extend(entries);
+    let header = header(&all, &infos);
 
     let (file, temporary) = Temporary::create(out)?;
     let mut sink = FileSink { file, path: temporary.path().to_owned() };
@@ -76,12 +61,16 @@ pub fn to_gguf(
         done += bytes as u64;
         if progress(done, total as u64) { Ok(()) } else { Err(Error::Interrupted) }
     };
+    sink.reserve(header.len() + total)?;
     step(0)?;
-    sink.write(&header(&all, &infos))?;
+    sink.write(&header)?;
     for (part, info) in parts.iter().zip(&infos) {
         let mut written = 0;
-        for bytes in part.slabs() {
-            let bytes = bytes?;
+        for rows in part.slabs() {
+            let bytes = match &pool {
+                Some(pool) => pool.install(|| part.bytes(rows))?,
+                None => part.bytes(rows)?,
+            };
             sink.write(&bytes)?;
             written += bytes.len();
             step(bytes.len())?;
@@ -95,6 +84,21 @@ pub fn to_gguf(
     sink.finish(0, b"GGUF")?;
     source.check_unchanged()?;
     temporary.rename(out)
+}
+
+/// The factor of the attention is read differently by different programs: only the usual one is
+/// safe, which is not written.
+fn check_yarn(source: &Checkpoint) -> Result<()> {
+    let Some(yarn) = &source.config.rope.yarn else { return Ok(()) };
+    let usual = Yarn::new(yarn.factor, yarn.original_max_position_embeddings).attention_factor;
+    if yarn.attention_factor == usual {
+        return Ok(());
+    }
+    Err(Error::Unsupported(format!(
+        "{}: `attention_factor` is {}, GGUF files have no place for another than {usual}",
+        source.name(),
+        yarn.attention_factor
+    )))
 }
 
 /// As `general.file_type` numbers them.
@@ -223,7 +227,14 @@ impl Heads {
 }
 
 impl<'a> Part<'a> {
-    fn new(source: &Checkpoint, spec: &'a TensorSpec, tensor: &'a Tensor, dtype: Dtype) -> Self {
+    fn new(source: &'a Checkpoint, spec: &'a TensorSpec, dtype: Dtype) -> Result<Self> {
+        let place = source.place(&spec.name);
+        let floats = source.tensor(&spec.name).filter(|tensor| tensor.dtype.is_float());
+        let tensor = floats.ok_or_else(|| {
+            Error::Unsupported(format!(
+                "{place}: quantised already; give the original weights, or use the file as it is"
+            ))
+        })?;
         let config = &source.config;
         let transformers = source.convention == Convention::Transformers;
         let stem = spec.name.strip_suffix(".weight").unwrap_or(&spec.name);
@@ -257,7 +268,7 @@ impl<'a> Part<'a> {
             (_, dtype) => dtype,
         };
         let name = gguf::gguf_name(&spec.name, config.num_hidden_layers);
-        Part { spec, tensor, dtype, change, heads, name, place: source.place(&spec.name) }
+        Ok(Part { spec, tensor, dtype, change, heads, name, place })
     }
 
     /// Rows and columns: a vector is a column where its heads move.
@@ -277,21 +288,18 @@ impl<'a> Part<'a> {
         TensorInfo { name: self.name.clone(), dtype: self.dtype, shape }
     }
 
-    /// The bytes of the tensor, a few rows at a time.
-    fn slabs(&self) -> impl Iterator<Item = Result<Vec<u8>>> {
+    /// Ranges of rows to be made at a time.
+    fn slabs(&self) -> impl Iterator<Item = Range<usize>> {
         let (rows, cols) = self.rows_cols();
         let slab = (SLAB_VALUES / cols).max(1);
-        (0..rows).step_by(slab).map(move |first| {
-            let rows: Vec<Result<Vec<u8>>> = (first..(first + slab).min(rows))
-                .into_par_iter()
-                .map(|row| self.row(row, cols))
-                .collect();
-            let mut bytes = Vec::new();
-            for row in rows {
-                bytes.extend(row?);
-            }
-            Ok(bytes)
-        })
+        (0..rows).step_by(slab).map(move |first| first..(first + slab).min(rows))
+    }
+
+    /// The bytes of some rows.
+    fn bytes(&self, rows: Range<usize>) -> Result<Vec<u8>> {
+        let cols = self.rows_cols().1;
+        let rows: Result<Vec<_>> = rows.into_par_iter().map(|row| self.row(row, cols)).collect();
+        Ok(rows?.concat())
     }
 
     /// One row as it is written.

@@ -62,7 +62,7 @@ impl Written {
 
 fn try_write(source: &Checkpoint, dtype: Dtype) -> (Written, Result<()>) {
     let written = Written::new();
-    let result = to_gguf(source, dtype, Vec::new(), &written.path(), &mut |_, _| true);
+    let result = to_gguf(source, dtype, Vec::new(), &written.path(), None, &mut |_, _| true);
     (written, result)
 }
 
@@ -181,6 +181,21 @@ fn rows_that_are_no_blocks_are_halves() {
 }
 
 #[test]
+fn threads_change_no_bit() {
+    let source = golden("tiny-text/tiny-k256-bf16");
+    let files = [None, Some(1), Some(3)].map(|threads| {
+        let written = Written::new();
+        let path = written.path();
+        to_gguf(&source, Q4_0, Vec::new(), &path, threads, &mut |_, _| true).expect("a file");
+        fs::read(path).expect("a file")
+    });
+    assert!(files[0] == files[1] && files[0] == files[2]);
+    let written = Written::new();
+    let result = to_gguf(&source, Q4_0, Vec::new(), &written.path(), Some(0), &mut |_, _| true);
+    assert!(matches!(result, Err(Error::Argument(_))));
+}
+
+#[test]
 fn metadata_is_written_as_given() {
     let entries = [
         ("a", Entry::U32(u32::MAX)),
@@ -194,7 +209,7 @@ fn metadata_is_written_as_given() {
     let written = Written::new();
     let own = entries.clone().map(|(key, entry)| (format!("own.{key}"), entry)).to_vec();
     let source = golden("tiny-text/tiny-f32");
-    to_gguf(&source, Dtype::Bf16, own, &written.path(), &mut |_, _| true).expect("a file");
+    to_gguf(&source, Dtype::Bf16, own, &written.path(), None, &mut |_, _| true).expect("a file");
     let written = written.open();
     let metadata = written.gguf().expect("it is a GGUF file");
     let show = |key: &str| match metadata.get(key).expect("no error").expect(key) {
@@ -319,13 +334,13 @@ fn a_name_that_is_taken() {
     let source = golden("tiny-text/tiny-f32");
     let written = Written::new();
     fs::write(written.path(), b"mine").expect("a file");
-    let result = to_gguf(&source, Q8_0, Vec::new(), &written.path(), &mut |_, _| true);
+    let result = to_gguf(&source, Q8_0, Vec::new(), &written.path(), None, &mut |_, _| true);
     assert!(matches!(result, Err(Error::Argument(_))));
     assert_eq!(fs::read(written.path()).expect("the file"), b"mine");
     assert_eq!(written.names(), ["out.gguf"]);
 
     let path = written.folder.path().join("nowhere").join("out.gguf");
-    let result = to_gguf(&source, Q8_0, Vec::new(), &path, &mut |_, _| true);
+    let result = to_gguf(&source, Q8_0, Vec::new(), &path, None, &mut |_, _| true);
     assert!(matches!(result, Err(Error::Io { .. })), "{result:?}");
 }
 
@@ -335,11 +350,12 @@ fn interruption_leaves_nothing() {
     for stop in [1, 2, 20] {
         let written = Written::new();
         let mut calls = 0;
-        let result = to_gguf(&source, Q8_0, Vec::new(), &written.path(), &mut |done, total| {
-            assert!(done <= total);
-            calls += 1;
-            calls < stop
-        });
+        let result =
+            to_gguf(&source, Q8_0, Vec::new(), &written.path(), None, &mut |done, total| {
+                assert!(done <= total);
+                calls += 1;
+                calls < stop
+            });
         assert!(matches!(result, Err(Error::Interrupted)));
         assert!(written.names().is_empty());
     }
@@ -349,7 +365,7 @@ fn interruption_leaves_nothing() {
         last = (done, total);
         true
     };
-    to_gguf(&source, Q8_0, Vec::new(), &written.path(), &mut report).expect("a file");
+    to_gguf(&source, Q8_0, Vec::new(), &written.path(), None, &mut report).expect("a file");
     assert!(last.0 == last.1 && last.0 > 0, "{last:?}");
 }
 
