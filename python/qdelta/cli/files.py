@@ -42,7 +42,8 @@ from .common import read_text, reading, table_console, yarn_option
     "--type",
     "gguf_type",
     type=click.Choice(["BF16", "Q8_0", "Q4_0", "F16", "F32"], case_sensitive=False),
-    help="Type of the matrices in a GGUF file; default: Q8_0. With Q4_0 embedding and head are Q8_0.",
+    help="Type of the matrices in a GGUF file; default: Q8_0. In Q4_0 files embedding and head are "
+    "Q8_0.",
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
 @click.option(
