@@ -278,7 +278,7 @@ def test_revisions(place: Place, hub: Hub):
 @pytest.mark.parametrize("only", ["w5", "gguf", "gguf:", "none", "Q4_K_M", ""])
 def test_forms_that_are_none(only: str):
     with pytest.raises(
-        qdelta.ArgumentError, match="expected balanced, small, best, w8, w4 or gguf:TYPE"
+        qdelta.ArgumentError, match="expected balanced, small, fine, best, w8, w4 or gguf:TYPE"
     ):
         qdelta.pull(NAME, only=only)
 

@@ -90,7 +90,7 @@ def test_formats_and_models_have_files_of_their_own(model: Path, tmp_path: Path,
 def test_an_unknown_format(model: Path, cache: Path):
     with pytest.raises(
         qdelta.ArgumentError,
-        match="'q4', expected one of: auto, none, balanced, small, best, w8, w4, gguf",
+        match="'q4', expected one of: auto, none, balanced, small, fine, best, w8, w4, gguf",
     ):
         weights.open_model(model, "q4", cache)
 

@@ -72,8 +72,8 @@ def convert(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint | None:
-    """Write `source` as one file by the recipe `quant`: "w8", "w4", "small", "balanced", "best",
-    "custom" (balanced, but for `formats`), or "gguf" for a GGUF file.
+    """Write `source` as one file by the recipe `quant`: "w8", "w4", "small", "balanced", "fine",
+    "best", "custom" (balanced, but for `formats`), or "gguf" for a GGUF file.
 
     out: None: make it in memory, and return it opened. attachments: (name, path or content) of
     files to carry along. formats: of matrices by name, before those of the recipe: "keep", "w4",

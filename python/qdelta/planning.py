@@ -121,7 +121,7 @@ class Source:
                 return (self._model.quant,)
             if weights.automatic(self._model) == "gguf":
                 return ("gguf", "none")
-        return ("small", "balanced", "best", "w8", "none")
+        return ("small", "balanced", "fine", "best", "w8", "none")
 
     def plan(
         self, *, quant: str = "auto", ctx: int | None = None, sessions: int = 1, **settings: Any

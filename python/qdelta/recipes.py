@@ -26,7 +26,7 @@ from .errors import FileAccessError, FileError
 if TYPE_CHECKING:
     from . import _native
 
-NAMES = ("balanced", "small", "best")
+NAMES = ("balanced", "small", "fine", "best")
 FORMATS = ("keep", "w4", "w4_nl", "w4_k", "w5_k", "w6_k", "w8", "w8_planes")
 _SUPER_BLOCK = 256
 

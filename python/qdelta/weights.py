@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-RECIPES = ("balanced", "small", "best", "w8", "w4")
+RECIPES = ("balanced", "small", "fine", "best", "w8", "w4")
 DEFAULT = RECIPES[0]
 QUANTS = ("auto", "none", *RECIPES, "gguf")
 

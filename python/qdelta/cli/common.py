@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # As in `qdelta.weights`, which takes long to import.
-RECIPES = ("balanced", "small", "best", "w8", "w4")
+RECIPES = ("balanced", "small", "fine", "best", "w8", "w4")
 QUANTS = ("auto", "none", *RECIPES, "gguf")
 
 F = TypeVar("F", bound=Callable[..., Any])

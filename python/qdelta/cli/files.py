@@ -22,8 +22,8 @@ from .common import read_text, reading, table_console, yarn_option
     default="auto",
     show_default=True,
     metavar="RECIPE",
-    help="balanced, small, best, w4 or w8, or a file that names formats; auto is balanced, or a "
-    "GGUF file's own numbers.",
+    help="balanced, small, fine, best, w4 or w8, or a file that names formats; auto is balanced, "
+    "or a GGUF file's own numbers.",
 )
 @click.option(
     "--calibrate",
@@ -64,8 +64,8 @@ def convert(
 
     The tokenizer and the chat template travel inside. Commands and `qdelta.load` take the file
     as a MODEL. Recipes: balanced has 4 to 6 bits a weight, by what each part adds to the error;
-    small at most 5, best 6 to 8; w4 and w8 have 4 and 8 wherever they can. A quantised GGUF file
-    keeps its numbers.
+    small at most 5, fine 4 to 6 with more of it at 5, best 6 to 8; w4 and w8 have 4 and 8
+    wherever they can. A quantised GGUF file keeps its numbers.
 
     A recipe file has lines of a pattern and a format, of which the first that matches a matrix
     counts; the rest is as in balanced:

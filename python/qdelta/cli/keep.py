@@ -30,8 +30,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="For programs
 @click.option(
     "--only",
     metavar="FORM",
-    help="balanced, small, best, w4 or w8: convert, keep only the result. gguf:TYPE: only this "
-    "file, as gguf:Q4_K_M.",
+    help="balanced, small, fine, best, w4 or w8: convert, keep only the result. gguf:TYPE: only "
+    "this file, as gguf:Q4_K_M.",
 )
 @yes_option
 @cache_option

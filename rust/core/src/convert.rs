@@ -250,6 +250,12 @@ fn write_coded<S: Sink>(
         source.release(&tensor.bytes);
         return Ok(());
     }
+    if let Format::Blocks(block) = format {
+        check_rows(source, spec, tensor, LARGEST)?;
+        let mut values = vec![0.0; rows * cols];
+        widen(from, &tensor.bytes, &mut values);
+        return writer.put(&block.encode(&values));
+    }
     let panels = rows.div_ceil(PANEL_ROWS);
     for plane in planes(format, cols) {
         let slab_panels = (SLAB_BYTES / plane.len()).max(1);

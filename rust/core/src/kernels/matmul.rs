@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_reconstruct_weights_within_half_a_step() {
+    fn codes_reconstruct_weights_within_two_steps() {
         for cpu in Cpu::all() {
             for (format, steps) in [(Format::W4, 7.0), (Format::W8, 127.0)] {
                 let (rows, cols) = (16, 96);
@@ -324,7 +324,8 @@ mod tests {
                     decode_row(format, &matrix, cols, row, &mut out);
                     for (w, out) in w.chunks(32).zip(out.chunks(32)) {
                         let largest = w.iter().fold(0.0f32, |m, w| m.max(w.abs()));
-                        let bound = largest / steps * if format == Format::W4 { 1.2 } else { 0.51 };
+                        // Half a step where nothing is cut; extremes are where that pays.
+                        let bound = largest / steps * if format == Format::W4 { 1.2 } else { 2.0 };
                         for (w, out) in w.iter().zip(out) {
                             assert!(
                                 (w - out).abs() <= bound.max(1e-8),

@@ -229,7 +229,7 @@ impl<'a> Needs<'a> {
     /// others have longer contexts, up to the wanted one.
     fn what_fits(&self, context: usize, limit: usize, options: &Options) -> Vec<String> {
         let floats = self.stored.quant == Quant::None && !self.stored.quantised;
-        let wide = floats || matches!(self.stored.quant, Quant::W8 | Quant::Best);
+        let wide = floats || matches!(self.stored.quant, Quant::W8 | Quant::Fine | Quant::Best);
         let balanced = |_: &TensorSpec| Dtype::Bf16;
         let balanced = wide.then(|| Stored::converted(self.config, Quant::Balanced, balanced).ok());
         let (mut fits, mut longest) = (Vec::new(), 0);

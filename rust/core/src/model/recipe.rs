@@ -68,10 +68,10 @@ pub fn storage(
     spec: &TensorSpec,
     dtype: Dtype,
 ) -> Result<Storage> {
-    let cols = spec.rows_cols().1;
+    let (rows, cols) = spec.rows_cols();
     let floats = |quant| match chosen.get(&spec.name) {
         Some(storage) => *storage,
-        None => recipe(quant, spec.role, cols),
+        None => recipe(quant, spec.role, (rows, cols)),
     };
     let storage = match (quant, dtype) {
         (Quant::None, _) => Storage::AsIs,
@@ -101,18 +101,23 @@ pub fn storage(
     }
 }
 
+/// The numbers of W8 without panels.
+const FEW_ROWS: Format = Format::Blocks(BlockType::Q8_0);
+
 /// How a recipe stores floats. Of several formats the first that takes rows of `cols` is meant.
 ///
 /// By what a part adds to the KL divergence of a trained model for its bytes: out_proj comes first,
 /// then embedding and head, the inputs of linear attention, attention, and the MLP last. Decay and
 /// write strength are a thousandth of the weights. In W4 and W8 embedding and head are in two
 /// planes, so that rows can be screened with one of them.
-fn recipe(quant: Quant, role: Role, cols: usize) -> Storage {
+fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
     use Format::{W4, W4K, W4Nl, W5K, W6K, W8, W8Planes};
-    let narrow = matches!(role, Role::Mlp | Role::LinearInput | Role::Query);
+    let attention = matches!(role, Role::Query | Role::AttentionOutput);
+    let narrow = attention || matches!(role, Role::Mlp | Role::MlpUp | Role::LinearInput);
     let vocabulary = matches!(role, Role::Embedding | Role::Head);
     let formats: &[Format] = match (quant, role) {
-        (_, Role::LinearGate | Role::Vision) => return Storage::AsIs,
+        (_, Role::Vision) => return Storage::AsIs,
+        (_, Role::LinearGate) => &[W8],
         (_, Role::Small) => return Storage::F32,
         (Quant::Small, _) if narrow => &[W4Nl],
         (Quant::Small, _) => &[W5K, W4Nl],
@@ -122,6 +127,12 @@ fn recipe(quant: Quant, role: Role, cols: usize) -> Storage {
             _ if vocabulary => &[W5K, W8Planes],
             _ => &[W4K, W4Nl],
         },
+        (Quant::Fine, role) => match role {
+            Role::MlpUp | Role::Query => &[W4K, W8],
+            Role::LinearOutput | Role::MtpInput => &[W6K, W8],
+            _ if vocabulary => &[W6K, W8Planes],
+            _ => &[W5K, W8],
+        },
         (Quant::Best, _) if narrow => &[W6K, W8],
         (Quant::Best, _) if vocabulary => &[W6K, W8Planes],
         (Quant::W4, _) if narrow => &[W4],
@@ -129,7 +140,9 @@ fn recipe(quant: Quant, role: Role, cols: usize) -> Storage {
         _ => &[W8],
     };
     let format = formats.iter().find(|format| format.takes_cols(cols)).unwrap_or(&W8);
-    Storage::Coded(*format)
+    // Most of a panel with few rows would be padding.
+    let few = *format == W8 && 2 * rows <= PANEL_ROWS && FEW_ROWS.takes_cols(cols);
+    Storage::Coded(if few { FEW_ROWS } else { *format })
 }
 
 /// The numbers of a GGUF file's blocks, in panels where those are about as narrow.
@@ -160,7 +173,8 @@ mod tests {
         for (spec, name, shape) in [
             (spec("up_proj", [3584, 1024], Role::Mlp), "up_proj.w4", [3584 / 16, 1024 / 64 * 576]),
             (spec("out_proj", [100, 70], Role::LinearOutput), "out_proj.w8", [7, 2 * 1088]),
-            (spec("in_proj_a", [16, 1024], Role::LinearGate), "in_proj_a.weight", [16, 1024]),
+            (spec("in_proj_a", [16, 1024], Role::LinearGate), "in_proj_a.w8", [1, 16 * 1088]),
+            (spec("in_proj_a", [8, 1024], Role::LinearGate), "in_proj_a.q8_0", [8, 32 * 34]),
             (spec("embed", [32, 64], Role::Embedding), "embed.w8_planes", [2, 1088]),
         ] {
             let found = stored(Quant::W4, &spec, Dtype::Bf16);

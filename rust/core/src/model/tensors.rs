@@ -12,17 +12,18 @@ pub enum Role {
     /// embed_tokens, which is the head too if the model is tied.
     Embedding,
     Head,
-    /// gate_proj, up_proj, down_proj.
+    /// gate_proj, down_proj.
     Mlp,
+    MlpUp,
     /// in_proj_qkv, in_proj_z.
     LinearInput,
     /// in_proj_a, in_proj_b: decay and write strength.
     LinearGate,
     LinearOutput,
-    /// q_proj, o_proj.
     Query,
     /// k_proj, v_proj.
     KeyValue,
+    AttentionOutput,
     MtpInput,
     /// Norms, convolution taps, A_log, dt_bias.
     Small,
@@ -101,7 +102,7 @@ fn layer_tensors(config: &Config, layer: LayerType, prefix: &str, out: &mut Vec<
             add("self_attn.q_proj.weight", &[2 * q, d], Role::Query);
             add("self_attn.k_proj.weight", &[kv, d], Role::KeyValue);
             add("self_attn.v_proj.weight", &[kv, d], Role::KeyValue);
-            add("self_attn.o_proj.weight", &[d, q], Role::Query);
+            add("self_attn.o_proj.weight", &[d, q], Role::AttentionOutput);
             add("self_attn.q_norm.weight", &[head], Role::Small);
             add("self_attn.k_norm.weight", &[head], Role::Small);
         }
@@ -109,7 +110,7 @@ fn layer_tensors(config: &Config, layer: LayerType, prefix: &str, out: &mut Vec<
     let ff = config.intermediate_size;
     add("post_attention_layernorm.weight", &[d], Role::Small);
     add("mlp.gate_proj.weight", &[ff, d], Role::Mlp);
-    add("mlp.up_proj.weight", &[ff, d], Role::Mlp);
+    add("mlp.up_proj.weight", &[ff, d], Role::MlpUp);
     add("mlp.down_proj.weight", &[d, ff], Role::Mlp);
 }
 

@@ -48,6 +48,7 @@ pub enum Quant {
     /// Recipes of mixed formats, see [`crate::model::recipe`].
     Small,
     Balanced,
+    Fine,
     Best,
     /// As a GGUF file has them, in panels.
     Gguf,
@@ -56,12 +57,13 @@ pub enum Quant {
 }
 
 impl Quant {
-    const ALL: [Quant; 8] = [
+    const ALL: [Quant; 9] = [
         Quant::None,
         Quant::W8,
         Quant::W4,
         Quant::Small,
         Quant::Balanced,
+        Quant::Fine,
         Quant::Best,
         Quant::Gguf,
         Quant::Custom,
@@ -86,6 +88,7 @@ impl fmt::Display for Quant {
             Quant::W4 => "w4",
             Quant::Small => "small",
             Quant::Balanced => "balanced",
+            Quant::Fine => "fine",
             Quant::Best => "best",
             Quant::Gguf => "gguf",
             Quant::Custom => "custom",

@@ -7,6 +7,7 @@
 //!
 //! weight = scale (code - 128). Codes that are encoded here are 1..=255; those of Q8_0 files may be 0.
 
+use super::search::{self, Integers};
 use super::w4::{SCALE_BYTES, scales};
 use super::{BLOCK_STEPS, Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
 use crate::simd::{Isa, LANES};
@@ -53,14 +54,13 @@ impl Packed for W8 {
 
 impl Encode for W8 {
     #[inline(always)]
-    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], _: &[f32], block: &mut Self::Block) {
-        for (g, w) in w.as_chunks::<GROUP>().0.iter().enumerate() {
+    fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
+        let groups = w.as_chunks::<GROUP>().0.iter().zip(importance.chunks_exact(GROUP));
+        for (g, (w, importance)) in groups.enumerate() {
             let zero = s.splat(0.0);
-            let mut largest = zero;
-            for w in w {
-                largest = s.max(largest, s.abs(s.load(w)));
-            }
-            s.store_f16(s.div(largest, s.splat(LARGEST)), &mut block.as_chunks_mut().0[g]);
+            // The codes are symmetric, so the sign is theirs.
+            let scale = s.abs(search::scale::<S, Integers<-127, 127>>(s, w, importance));
+            s.store_f16(scale, &mut block.as_chunks_mut().0[g]);
             let scale = scales(s, block, g);
             let divisor = s.select_gt(scale, zero, scale, s.splat(1.0));
             // A group too small for an f16 scale is zero.
