@@ -57,8 +57,8 @@ def load(
     toy that travels with the package; a folder that `export` made means the model in it.
     revision: a branch, a tag or a commit of a name on the hub; None: the main branch.
     quant: the recipe by which the model is converted once, the result being kept: "balanced"
-    (about 5 bits a weight), "small", "fine", "best", or plain "w4" and "w8"; "none" computes with the
-    file's own weights where they lie. A quantised GGUF file keeps its numbers: "gguf" puts them
+    (about 5 bits a weight), "small", "fine", "best", or plain "w4" and "w8"; "none" computes with
+    the file's own weights where they lie. A quantised GGUF file keeps its numbers: "gguf" puts them
     once into the order that is fastest to read, "none" makes no copy and is slower. "auto" is what
     a converted file already is, "none" for toys, "gguf" for quantised GGUF files, else "balanced".
     ctx: tokens that a session can hold; None: as many as the model was made for. Memory is

@@ -150,7 +150,7 @@ fn products_of_panels_are_near_the_exact_ones() {
                 let mut tile = QuantTile::default();
                 tile.quantize(cpu, &x, cols);
                 let mut y = vec![f32::NAN; tokens * PANEL_ROWS];
-                packed(cpu, format, &panel, cols, &tile, &mut y);
+                packed(cpu, format, &panel, cols, &tile, true, &mut y);
                 for (token, (y, want)) in y.chunks(PANEL_ROWS).zip(want.chunks(rows)).enumerate() {
                     for (row, (got, want)) in y.iter().zip(want).enumerate() {
                         let at = row * cols..(row + 1) * cols;

@@ -13,7 +13,7 @@
 //!
 //! which needs no more than the scales of the high plane.
 
-use super::matmul::{PREFETCH_AHEAD, PREFETCH_TOKENS};
+use super::matmul::ask_ahead;
 use super::quantize::QuantTile;
 use crate::quant::w8_planes::{self, HIGH_BYTES, LOW_BYTES, Planes};
 use crate::quant::{BLOCK, PANEL_ROWS, w4};
@@ -27,12 +27,19 @@ const VARIANCE: f32 = 21.25;
 
 /// Product of whole panels with the tokens of a tile.
 ///
-/// planes: n panels of `cols` columns; y: [tokens, 16 n]. Panics if the lengths disagree or the
-/// tile holds more tokens than the instruction set takes.
-pub fn product(cpu: Cpu, planes: Planes<'_>, cols: usize, x: &QuantTile, y: &mut [f32]) {
+/// planes: n panels of `cols` columns; y: [tokens, 16 n]; ahead: as for [`super::matmul::packed`].
+/// Panics if the lengths disagree or the tile holds more tokens than the instruction set takes.
+pub fn product(
+    cpu: Cpu,
+    planes: Planes<'_>,
+    cols: usize,
+    x: &QuantTile,
+    ahead: bool,
+    y: &mut [f32],
+) {
     let blocks = blocks_of_a_panel(planes, cols);
     assert_eq!(y.len(), planes.high.len() / blocks * PANEL_ROWS * x.tokens());
-    cpu.run(Product { planes, blocks, x, y });
+    cpu.run(Product { planes, blocks, x, ahead, y });
 }
 
 /// Estimates of a product with one token, and the variances of their errors.
@@ -62,6 +69,7 @@ struct Product<'a> {
     planes: Planes<'a>,
     blocks: usize,
     x: &'a QuantTile,
+    ahead: bool,
     y: &'a mut [f32],
 }
 
@@ -75,12 +83,13 @@ impl Product<'_> {
             let mut acc = [s.splat(0.0); M];
             let blocks = high_panel.iter().zip(low_panel).zip(self.x.groups::<M>().blocks(2));
             for (i, (block, x)) in blocks.enumerate() {
-                if M >= PREFETCH_TOKENS {
-                    let at = p * self.blocks + i;
-                    prefetch(s, high.as_flattened(), at * HIGH_BYTES, HIGH_BYTES);
-                    prefetch(s, low.as_flattened(), at * LOW_BYTES, LOW_BYTES);
-                }
+                let at = p * self.blocks + i;
                 for g in 0..2 {
+                    // One token is so little work that a core runs ahead by itself.
+                    if self.ahead && M > 1 {
+                        ask_ahead(s, high.as_flattened(), at * HIGH_BYTES, HIGH_BYTES, (g, 2));
+                        ask_ahead(s, low.as_flattened(), at * LOW_BYTES, LOW_BYTES, (g, 2));
+                    }
                     w8_planes::add(s, block, g, x.get(g), &mut acc);
                 }
             }
@@ -89,15 +98,6 @@ impl Product<'_> {
                 s.store(acc[m], y.first_chunk_mut().expect("a panel of outputs is there"));
             }
         }
-    }
-}
-
-#[inline(always)]
-fn prefetch<S: Isa>(s: S, plane: &[u8], at: usize, bytes: usize) {
-    let mut line = 0;
-    while line < bytes {
-        s.prefetch(plane, at + PREFETCH_AHEAD + line);
-        line += 64;
     }
 }
 
@@ -236,7 +236,7 @@ mod tests {
             let bytes = panel(cpu, &random(PANEL_ROWS * cols, 23 + p), cols);
             let planes = Planes::new(&bytes);
             let mut y = [0.0; PANEL_ROWS];
-            product(cpu, planes, cols, &tile, &mut y);
+            product(cpu, planes, cols, &tile, true, &mut y);
             let (mut estimates, mut variances) = ([0.0; PANEL_ROWS], [0.0; PANEL_ROWS]);
             screen(cpu, planes, cols, &tile, (&mut estimates, &mut variances));
             for ((y, estimate), variance) in y.iter().zip(estimates).zip(variances) {

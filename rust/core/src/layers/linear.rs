@@ -183,10 +183,12 @@ impl Input {
         let width = weights.width(cols);
         y.resize(tokens.len() * width, 0.0);
         let tile = || &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
+        // The tiles take a chunk of weights in turn, and all but the first find it in a cache.
+        let ahead = tokens.start == 0 && (ctx.ahead || tokens.len() >= FEW_TOKENS);
         match *weights {
-            Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), y),
+            Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), ahead, y),
             Weights::Panels { format, bytes } => {
-                matmul::packed(ctx.cpu, format, bytes, cols, tile(), y);
+                matmul::packed(ctx.cpu, format, bytes, cols, tile(), ahead, y);
             }
             Weights::Rows { format, bytes } => {
                 let x = &self.rows[tokens.start * cols..tokens.end * cols];

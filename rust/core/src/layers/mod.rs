@@ -28,12 +28,14 @@ pub struct Context<'a> {
     pub profile: Option<&'a Profile>,
     /// What the work belongs to.
     pub part: Part,
+    /// Whether products with a few tokens ask for weights ahead of their use.
+    pub ahead: bool,
 }
 
 impl<'a> Context<'a> {
     /// Records nothing and counts no time.
     pub fn new(cpu: Cpu, team: &'a Team<'a>) -> Context<'a> {
-        Context { cpu, team, trace: None, profile: None, part: Part::Other }
+        Context { cpu, team, trace: None, profile: None, part: Part::Other, ahead: true }
     }
 
     /// The same for work that belongs to `part`.

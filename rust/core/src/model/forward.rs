@@ -1,5 +1,6 @@
 //! The whole model: embedding, layers, final norm, head.
 
+use super::ahead::Ahead;
 use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::memory::{MemoryPlan, Needs, Stored};
@@ -55,6 +56,7 @@ pub struct Model {
     stored: Stored,
     held: Held, // the bytes of the weights
     rope: Rope,
+    ahead: Ahead,
     source: Arc<dyn Source>,
 }
 
@@ -109,6 +111,7 @@ impl Model {
                 config.rope.yarn.as_ref(),
             ),
             pool: Pool::new(threads),
+            ahead: Ahead::default(),
             config,
             quant,
             cpu,
@@ -175,7 +178,9 @@ impl Model {
     ) {
         assert!(!tokens.is_empty() && tokens.len() <= PIECE);
         let team = self.pool.team();
-        let ctx = Context { trace, profile, ..Context::new(self.cpu, &team) };
+        let trial = if tokens.len() == 1 { self.ahead.trial() } else { None };
+        let ahead = trial.as_ref().map_or_else(|| self.ahead.chosen(), |trial| trial.ahead);
+        let ctx = Context { trace, profile, ahead, ..Context::new(self.cpu, &team) };
         let hidden = self.config.hidden_size;
         let past = state.tokens.len();
 
@@ -207,6 +212,9 @@ impl Model {
             }
             block.forward(ctx, state, positions, scratch);
         }
+        if let Some(trial) = trial {
+            self.ahead.end(&trial);
+        }
         state.tokens.extend_from_slice(tokens);
 
         let first = match rows {
@@ -234,7 +242,8 @@ impl Model {
     /// Appends the logits of the rows of `head`. logits: [rows, vocab].
     pub(crate) fn logits(&self, head: &Input, logits: &mut Vec<f32>, profile: Option<&Profile>) {
         let team = self.pool.team();
-        let ctx = Context { profile, ..Context::new(self.cpu, &team) }.under(Part::Head);
+        let ahead = self.ahead.chosen();
+        let ctx = Context { profile, ahead, ..Context::new(self.cpu, &team) }.under(Part::Head);
         let start = logits.len();
         logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
         project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);

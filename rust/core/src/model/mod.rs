@@ -1,5 +1,6 @@
 //! A model: its config, its tensors, and the forward pass over them.
 
+mod ahead;
 pub mod checkpoint;
 pub mod config;
 pub mod forward;

@@ -78,7 +78,7 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     let out = &mut out[g / 2 * w4::BLOCK_BYTES..][..w4::BLOCK_BYTES];
                     let (scales, codes) = out.split_at_mut(w4::SCALE_BYTES);
                     put_half(scales, g % 2 * LANES + row, block);
-                    put_nibbles(&mut codes[g % 2 * 4 * STEP..], row, split_nibbles(&block[2..]));
+                    put_nibbles(&mut codes[g % 2 * 4 * STEP..], row, &split_nibbles(&block[2..]));
                 }
             }
             BlockType::Q8_0 => {
@@ -128,8 +128,8 @@ fn put_words(codes: &mut [u8], row: usize, words: Words) {
     }
 }
 
-/// Puts one row's codes of a group, their low four bits, into steps of two nibbles.
-fn put_nibbles(codes: &mut [u8], row: usize, words: Words) {
+/// Puts one row's codes, their low four bits, into steps of two nibbles.
+fn put_nibbles(codes: &mut [u8], row: usize, words: &[u32]) {
     let steps = codes.as_chunks_mut::<STEP>().0;
     for (step, [low, high]) in steps.iter_mut().zip(words.as_chunks().0) {
         let pair = low & LOW_NIBBLES | (high & LOW_NIBBLES) << 4;
@@ -151,12 +151,13 @@ fn reorder_affine(block: &[u8], row: usize, out: &mut [u8]) {
         out[k::B + g * LANES + row] = b;
         let bytes = &nibbles[g / 2 * 32..];
         let words: Words = std::array::from_fn(|t| word(bytes, t) >> (g % 2 * 4) & LOW_NIBBLES);
-        let codes = &mut out[k::AFFINE + g * group_bytes..][..group_bytes];
-        put_nibbles(codes, row, words);
+        let group = &mut out[k::AFFINE + g * group_bytes..][..group_bytes];
+        let (plane, codes) = group.split_at_mut(group_bytes - k::NIBBLES);
+        put_nibbles(codes, row, &words);
         if has_plane {
             let bit = |t: usize| (word(high, t) >> g & 0x0101_0101) << t;
-            let plane = (0..GROUP_STEPS).fold(0, |plane, t| plane | bit(t));
-            codes[k::NIBBLES + 4 * row..][..4].copy_from_slice(&plane.to_le_bytes());
+            let bits = (0..GROUP_STEPS).fold(0, |bits, t| bits | bit(t));
+            plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
         }
     }
 }
@@ -167,21 +168,18 @@ fn reorder_q6_k(block: &[u8], row: usize, out: &mut [u8]) {
     let (pairs, rest) = rest.split_at(64);
     let (scales, d) = rest.split_at(16);
     put_half(out, row, d);
-    let group_bytes = (out.len() - k::SIGNED) / k::GROUPS;
     for g in 0..k::GROUPS {
-        for half in 0..2 {
-            out[k::A6 + (2 * g + half) * LANES + row] = scales[2 * g + half];
-        }
         // Four groups share 32 bytes of high bits, and two by two 32 bytes of nibbles.
         let (low, high) = (&nibbles[64 * (g / 4) + 32 * (g % 2)..], &pairs[32 * (g / 4)..]);
         let words: Words = std::array::from_fn(|t| word(low, t) >> (g % 4 / 2 * 4) & LOW_NIBBLES);
-        let codes = &mut out[k::SIGNED + g * group_bytes..][..group_bytes];
-        put_nibbles(codes, row, words);
-        for half in 0..2 {
-            let pair = |t: usize| word(high, 4 * half + t) >> (g % 4 * 2) & 0x0303_0303;
-            let plane = (0..4).fold(0, |plane, t| plane | pair(t) << (2 * t));
-            let at = k::NIBBLES + half * STEP + 4 * row;
-            codes[at..][..4].copy_from_slice(&plane.to_le_bytes());
+        for (i, words) in words.chunks_exact(4).enumerate() {
+            let half = 2 * g + i;
+            out[k::A6 + half * LANES + row] = scales[half];
+            let (plane, codes) = out[k::SIGNED + half * k::HALF_BYTES..].split_at_mut(STEP);
+            put_nibbles(&mut codes[..k::HALF_BYTES - STEP], row, words);
+            let pair = |t: usize| word(high, 4 * i + t) >> (g % 4 * 2) & 0x0303_0303;
+            let bits = (0..4).fold(0, |bits, t| bits | pair(t) << (2 * t));
+            plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
         }
     }
 }

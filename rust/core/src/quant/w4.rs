@@ -43,7 +43,8 @@ impl Packed for W4 {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        add_scaled(s, dots(s, block, g, x), scales(s, block, g), x.scales, acc);
+        let scales = scales(s, block, g);
+        add_scaled(s, dots(s, block, g, x), scales, x.scales, acc);
     }
 
     #[inline]

@@ -41,9 +41,10 @@ impl Packed for W8 {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
+        let scales = scales(s, block, g);
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let dots = s.dot_bytes_group(&codes[g], x.codes, x.sums);
-        add_scaled(s, dots, scales(s, block, g), x.scales, acc);
+        add_scaled(s, dots, scales, x.scales, acc);
     }
 
     #[inline]
