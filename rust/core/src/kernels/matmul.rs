@@ -6,7 +6,7 @@
 //! number of tokens nor on how the work is cut, so prefill and decode agree to the bit.
 
 use super::quantize::QuantTile;
-use super::{load_some, planes};
+use super::{AHEAD, load_some, planes};
 use crate::quant::float::{Bf16, F16, F32, Float};
 use crate::quant::w8_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
@@ -41,8 +41,8 @@ pub fn packed(
 /// Asks for a part of a block of `size` bytes, as long before its use as memory takes to answer.
 ///
 /// at: where the present block starts; part: which one, of how many. A whole block at once is more than
-/// a core keeps requests for. 8 KiB ahead was best for all formats on a Zen 5, of 2 to 24 KiB: with one
-/// token it reads W4K, W5K and W6K at the rate of plain reading, and at 0.9, 0.7 and 0.7 of it without.
+/// a core keeps requests for. With one token a Zen 5 reads W4K, W5K and W6K at the rate of plain reading
+/// so, and at 0.9, 0.7 and 0.7 of it without.
 #[inline(always)]
 pub(super) fn ask_ahead<S: Isa>(
     s: S,
@@ -51,7 +51,6 @@ pub(super) fn ask_ahead<S: Isa>(
     size: usize,
     (part, parts): (usize, usize),
 ) {
-    const AHEAD: usize = 8192;
     const LINE: usize = 64;
     let lines = size / LINE;
     let mut line = part * lines / parts;

@@ -374,9 +374,9 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn prefetch(self, x: &[u8], at: usize) {
+    fn prefetch<T>(self, x: &[T], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
     }
 
     // Without VNNI eight rows at a time, so that twice as many tokens fit the registers: 200 to 260

@@ -274,8 +274,8 @@ impl Isa for Avx512 {
         op!(_mm512_dpbusd_epi32(acc, codes, x))
     }
     #[inline(always)]
-    fn prefetch(self, x: &[u8], at: usize) {
+    fn prefetch<T>(self, x: &[T], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
     }
 }

@@ -124,7 +124,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// acc + sum of codes x over the four bytes of each lane, codes up to 127.
     fn dot_codes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I;
     /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
-    fn prefetch(self, x: &[u8], at: usize);
+    fn prefetch<T>(self, x: &[T], at: usize);
 
     /// Dot products of 32 columns with M tokens: sum of (code - zero) x, codes up to 15.
     ///

@@ -519,7 +519,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         }
     }
     #[inline(always)]
-    fn prefetch(self, x: &[u8], at: usize) {
+    fn prefetch<T>(self, x: &[T], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address, and changes nothing.
         unsafe {
             asm!(

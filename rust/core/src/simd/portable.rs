@@ -223,5 +223,5 @@ impl Isa for Portable {
         std::array::from_fn(|i| acc[i] + dot4(&codes, i, x, 0))
     }
     #[inline(always)]
-    fn prefetch(self, _: &[u8], _: usize) {}
+    fn prefetch<T>(self, _: &[T], _: usize) {}
 }
