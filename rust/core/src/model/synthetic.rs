@@ -5,14 +5,14 @@ use super::recipe::{self, Storage};
 use super::tensors::{Role, TensorSpec, text_tensors};
 use super::weights::Source;
 use crate::error::{Error, Result};
-use crate::quant::{Format, Quant};
+use crate::quant::{Format, Quant, planes};
 use crate::random::Random;
 use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor};
 use rayon::prelude::*;
 use std::collections::HashMap;
 
-/// Bytes that one thread fills at a time: whole blocks of every format.
-const PART_BYTES: usize = 576 * 1088;
+/// Bytes that one thread fills at a time, about.
+const PART_BYTES: usize = 512 << 10;
 
 /// Tensors that were never trained: their products stay of moderate size, their text is noise.
 pub struct Synthetic {
@@ -52,7 +52,12 @@ fn random_tensor(spec: &TensorSpec, storage: Storage, seed: u64) -> Result<Tenso
     let mut buffer = AlignedBuf::new(bytes);
     for (plane, bytes) in format.split(&mut buffer).into_iter().enumerate() {
         let seed = seed ^ ((plane as u64) << 24);
-        bytes.par_chunks_mut(PART_BYTES).enumerate().for_each(|(part, bytes)| {
+        // Parts are whole panels, so that no block is cut.
+        let unit = match format.is_packed() {
+            true => planes(format, cols).nth(plane).map_or(1, |bytes| bytes.len()),
+            false => size_of::<f32>(),
+        };
+        bytes.par_chunks_mut((PART_BYTES / unit).max(1) * unit).enumerate().for_each(|(part, bytes)| {
             let mut random = Random::new(seed.wrapping_add(part as u64));
             random.fill_plane(format, plane, scale, bytes);
         });
@@ -67,5 +72,27 @@ impl Source for Synthetic {
 
     fn check_unchanged(&self) -> Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::decode_row;
+
+    #[test]
+    fn matrices_of_many_parts_hold_moderate_numbers() {
+        let (rows, cols) = (512, 2048);
+        for format in Format::PACKED.into_iter().filter(|f| *f != Format::W8Affine) {
+            let shape = vec![rows, cols];
+            let spec = TensorSpec { name: "up.weight".into(), shape, role: Role::Mlp };
+            let matrix = random_tensor(&spec, Storage::Coded(format), 1).expect("small");
+            let mut row = vec![0.0; cols];
+            for r in 0..rows {
+                decode_row(format, &matrix.bytes, cols, r, &mut row);
+                let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                assert!((0.3..3.0).contains(&length), "{} row {r}: {length}", format.name());
+            }
+        }
     }
 }
