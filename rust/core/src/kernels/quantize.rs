@@ -120,28 +120,29 @@ impl Kernel for Quantize<'_> {
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
         let QuantTile { tokens, codes, sums, halves, scales, totals } = self.tile;
-        let tokens = *tokens;
-        for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
-            for group in 0..self.cols.next_multiple_of(BLOCK) / GROUP {
-                let rest = &x[(group * GROUP).min(self.cols)..];
-                let low = load_some(s, rest);
-                let high = load_some(s, &rest[LANES.min(rest.len())..]);
+        let tokens = (*tokens).max(1);
+        let groups =
+            codes.chunks_exact_mut(GROUP_STEPS * tokens).zip(sums.chunks_exact_mut(tokens));
+        let rest = halves.chunks_exact_mut(tokens).zip(scales.chunks_exact_mut(tokens));
+        let groups = groups.zip(rest.zip(totals.chunks_exact_mut(tokens)));
+        // All tokens of a group in turn, for their codes share cache lines.
+        for (group, ((codes, sums), ((halves, scales), totals))) in groups.enumerate() {
+            let first = (group * GROUP).min(self.cols);
+            for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
+                let low = load_some(s, &x[first..]);
+                let high = load_some(s, &x[(first + LANES).min(self.cols)..]);
                 let largest = s.largest(s.max(s.abs(low), s.abs(high)));
                 let inverse = s.splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
                 let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
-                let half = s.sum_i32(low);
-                halves[group * tokens + t] = half;
-                let sum = half + s.sum_i32(high);
-                sums[group * tokens + t] = sum;
-                let scale = largest / 127.0;
-                scales[group * tokens + t] = scale;
-                totals[group * tokens + t] = scale * sum as f32;
+                halves[t] = s.sum_i32(low);
+                sums[t] = halves[t] + s.sum_i32(high);
+                scales[t] = largest / 127.0;
+                totals[t] = scales[t] * sums[t] as f32;
                 let mut bytes = [[0i8; LANES]; 2];
                 s.store_i8(low, &mut bytes[0]);
                 s.store_i8(high, &mut bytes[1]);
-                let group = &mut codes[group * GROUP_STEPS * tokens..][..GROUP_STEPS * tokens];
                 for (step, four) in bytes.as_flattened().as_chunks().0.iter().enumerate() {
-                    group[step * tokens + t] = *four;
+                    codes[step * tokens + t] = *four;
                 }
             }
         }

@@ -57,10 +57,12 @@ fn random_tensor(spec: &TensorSpec, storage: Storage, seed: u64) -> Result<Tenso
             true => planes(format, cols).nth(plane).map_or(1, |bytes| bytes.len()),
             false => size_of::<f32>(),
         };
-        bytes.par_chunks_mut((PART_BYTES / unit).max(1) * unit).enumerate().for_each(|(part, bytes)| {
-            let mut random = Random::new(seed.wrapping_add(part as u64));
-            random.fill_plane(format, plane, scale, bytes);
-        });
+        bytes.par_chunks_mut((PART_BYTES / unit).max(1) * unit).enumerate().for_each(
+            |(part, bytes)| {
+                let mut random = Random::new(seed.wrapping_add(part as u64));
+                random.fill_plane(format, plane, scale, bytes);
+            },
+        );
     }
     Ok(Tensor { dtype, shape: storage.shape(spec), bytes: Bytes::from(buffer) })
 }
