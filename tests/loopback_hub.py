@@ -35,6 +35,8 @@ class Hub:
         self.refusal: tuple[int, dict[str, str]] | None = None  # status and headers for everything
         self.requests: list[tuple[str, str]] = []  # method and path
         self.ranges: list[str] = []  # that were asked for
+        self.sent: dict[str, int] = {}  # file -> bytes of its content that went out
+        self.ranged = True  # whether ranges are answered as asked
         self.cuts: dict[str, list[int]] = {}  # file -> bytes after which connections break
         self.held: dict[str, threading.Event] = {}
         self.tags: set[str] = set()  # other names of the commit
@@ -101,6 +103,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.answer()
+
     def answer(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         hub.requests.append((self.command, path))
@@ -125,6 +131,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json(info)
         elif path.startswith(f"{api}/tree/"):
             self.send_json(tree(hub))
+        elif match := re.fullmatch(rf"{api}/paths-info/([^/]+)", path):
+            if match[1] not in hub.revisions():
+                self.send(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
+                return
+            wanted = json.loads(self.body)["paths"]
+            self.send_json([entry for entry in tree(hub) if entry["path"] in wanted])
         elif path.startswith(f"{api}/revision/"):
             self.send(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
         elif match := re.fullmatch(rf"/{hub.name}/resolve/([^/]+)/(.+)", path):
@@ -154,14 +166,18 @@ class Handler(BaseHTTPRequestHandler):
         """The content, or the range that was asked for, as far as the connection lasts."""
         if self.command == "GET" and name in self.hub.held:
             self.hub.held[name].wait(60)
-        status, start = 200, 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        status, start, end = 200, 0, len(content)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match and self.hub.ranged:
             self.hub.ranges.append(match[0])
             status, start = 206, int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            end = min(end, int(match[2]) + 1) if match[2] else end
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         cuts = self.hub.cuts.get(name, [])
         until = cuts.pop(0) if cuts and self.command == "GET" else None
-        self.send(status, content[start:], headers, until)
+        if self.command == "GET":
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(content[start:end][:until])
+        self.send(status, content[start:end], headers, until)
 
     def send_json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

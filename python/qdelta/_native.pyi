@@ -111,6 +111,13 @@ def losses(
 def verify(path: str) -> None:
     """Recompute the hash of a converted file. Raises FileError if it is not the recorded one."""
 
+def gguf_header_bytes(start: str, length: int) -> int | None:
+    """Bytes that metadata and tensor table take in a GGUF file of `length` bytes.
+
+    start: a file with the first of these bytes. None: it holds too few to tell. Raises FileError
+    for what can be no header, whatever follows; UnsupportedError for other versions.
+    """
+
 @final
 class Model:
     """Weights and their arithmetic; immutable, to be shared by any number of threads."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import gguf_names, hub_cache
+from . import _native, gguf_names, hub_cache
 from . import progress as bars
-from .errors import ArgumentError, FileAccessError
+from .errors import ArgumentError, Error, FileAccessError, FileError
 from .vocabulary import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ SMALL_FILES = (
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 # What belongs to a copy that is kept, though no program reads it.
 PAPERS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*")
+
+# The header of a released file has 6 to 12 MiB, most of it the vocabulary. It is read in steps that
+# double what is there.
+_FIRST_STEP = 1 << 20
+_MOST_HEADER = 256 << 20
 
 _NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w./-]+))?", re.ASCII)
 _ABSENT = "no such folder, and the hub has no such model, or HF_TOKEN must allow it"
@@ -69,7 +74,7 @@ def resolve(
 
     revision: a branch, a tag or a commit; None: the main branch. offline: use what is in the
     hub's cache, touch no network. progress: show bars; None: on a terminal. tokenizer_only: leave
-    the weights out. papers: fetch README and licence too.
+    the weights of a checkpoint out. papers: fetch README and licence too.
 
     Raises ArgumentError for what can be no name, and for a GGUF type that is missing or unclear;
     FileAccessError if the model cannot be had.
@@ -78,7 +83,7 @@ def resolve(
     offline = offline or _never_online()
     extras = PAPERS if papers else ()
     if wanted is not None:
-        model = gguf_names.choose(_gguf_files(repo, revision, offline), wanted, repo)
+        model = _choose_gguf(repo, wanted, _gguf_files(repo, revision, offline))
         patterns = [*map(glob.escape, model.files), *extras]
         folder = _fetch(repo, patterns, revision, offline, progress)
         return folder / model.files[0]
@@ -96,6 +101,28 @@ def resolve(
             why = "its config.json is not in the hub's cache; fetch it online"
         raise FileAccessError(f"{name}: {why}")
     return folder
+
+
+def resolve_header(
+    name: str, folder: Path, *, revision: str | None = None, offline: bool = False
+) -> Path:
+    """The first GGUF file of `name`, an `OWNER/NAME:TYPE`, of which the header is wanted.
+
+    It is that of the hub's cache if all parts are there. Else each part gets a file in `folder`,
+    as long as the hub's, with the header alone; a hole that takes no room, where the file system
+    has holes, stands for the weights. Raises as `resolve`, and FileError for a damaged header.
+    """
+    repo, wanted = split_name(name)
+    assert wanted is not None
+    listed = _gguf_files(repo, revision, offline or _never_online())
+    model = _choose_gguf(repo, wanted, listed)
+    snapshot = hub_cache.snapshot(repo, revision)
+    here = _listed_here(snapshot) if snapshot else {}
+    if all(_same(here.get(path), listed[path]) for path in model.files):
+        return resolve(name, revision=revision, offline=offline, progress=False)
+    for path in model.files:
+        _fetch_header(repo, path, listed[path].bytes, revision, folder / Path(path).name)
+    return folder / Path(model.files[0]).name
 
 
 def commit(repo: str, revision: str | None = None) -> str:
@@ -143,20 +170,69 @@ def weights_here(name: str, snapshot: Path | None = None) -> dict[str, int]:
     return {n: there[n] for n in names}
 
 
-def _gguf_files(repo: str, revision: str | None, offline: bool) -> dict[str, int]:
-    """All files (path -> bytes), as the hub lists them, or else as the cache here has them."""
+def _gguf_files(repo: str, revision: str | None, offline: bool) -> dict[str, HubFile]:
+    """All files by path, as the hub lists them, or else as the cache here has them."""
     snapshot = hub_cache.snapshot(repo, revision)
-    here = hub_cache.files(snapshot) if snapshot else {}
+    here = _listed_here(snapshot) if snapshot else {}
     if offline and not here:
         raise FileAccessError(f"{repo}: not in the hub's cache, and no network is to be used")
     if offline:
         return here
     try:
-        return {path: file.bytes for path, file in files(repo, revision).items()}
+        return files(repo, revision)
     except FileAccessError:
-        if gguf_names.models(here):
+        if gguf_names.models(_sizes(here)):
             return here  # the network is not missed
         raise
+
+
+def _listed_here(snapshot: Path) -> dict[str, HubFile]:
+    """The files of a snapshot that are there; a hash that the cache does not know is empty."""
+    sizes = hub_cache.files(snapshot)
+    return {
+        path: HubFile(size, hub_cache.known_hash(snapshot / path) or "")
+        for path, size in sizes.items()
+    }
+
+
+def _same(here: HubFile | None, listed: HubFile) -> bool:
+    """Whether a file of the cache is the hub's, as far as both know."""
+    return here is not None and here.bytes == listed.bytes and here.hash in ("", listed.hash)
+
+
+def _sizes(listed: dict[str, HubFile]) -> dict[str, int]:
+    return {path: file.bytes for path, file in listed.items()}
+
+
+def _choose_gguf(repo: str, wanted: str, listed: dict[str, HubFile]) -> gguf_names.GgufModel:
+    return gguf_names.choose(_sizes(listed), wanted, repo)
+
+
+def _fetch_header(repo: str, path: str, size: int, revision: str | None, out: Path) -> None:
+    """Make the file `out` of `size` bytes with the header of a GGUF file of the hub."""
+    from huggingface_hub import HfFileSystem
+
+    # A new one, for old ones remember what the hub listed.
+    system = HfFileSystem(skip_instance_cache=True)
+    with (
+        _hub_errors(repo, revision),
+        system.open(f"{repo}/{path}", revision=revision, cache_type="none") as remote,
+        out.open("wb") as local,
+    ):
+        done = 0
+        while done < size and (not done or _native.gguf_header_bytes(str(out), size) is None):
+            if done >= _MOST_HEADER:
+                raise FileError(f"{path}: a header of more than {_MOST_HEADER >> 20} MiB")
+            step = min(max(done, _FIRST_STEP), size - done)
+            content = remote.read(step)
+            if len(content) != step:
+                raise FileAccessError(
+                    f"{repo}: the hub sent {len(content)} bytes of {path}, asked were {step}"
+                )
+            local.write(content)
+            local.flush()
+            done += step
+        local.truncate(size)
 
 
 def _refuse_gguf_only(repo: str, revision: str | None, offline: bool) -> None:
@@ -164,7 +240,7 @@ def _refuse_gguf_only(repo: str, revision: str | None, offline: bool) -> None:
     snapshot = hub_cache.snapshot(repo, revision)
     paths = hub_cache.files(snapshot) if snapshot else {}
     if not offline:
-        paths = _gguf_files(repo, revision, offline)
+        paths = _sizes(_gguf_files(repo, revision, offline))
     there = gguf_names.models(paths)
     if there and not any(path.endswith(".safetensors") for path in paths):
         raise ArgumentError(f"{repo}: holds GGUF files; {gguf_names.listing(repo, there)}")
@@ -229,6 +305,8 @@ def _hub_errors(repo: str, revision: str | None = None, offline: bool = False) -
     )
     try:
         yield
+    except Error:
+        raise
     except HFValidationError as error:
         raise ArgumentError(f"{_NO_MODEL.format(repo)}: {error}") from error
     except Exception as error:

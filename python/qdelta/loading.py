@@ -130,10 +130,10 @@ def _load(
     if memory_limit is not None:
         core["memory_limit"] = parse_bytes(memory_limit, "memory_limit")
         # Before weights are fetched and converted, which may take long.
-        source = planning.open_source(
+        with planning.open_source(
             model, revision=revision, cache=cache or None, offline=offline
-        )
-        source.native_plan(quant=source.resolve_quant(quant), **core)
+        ) as source:
+            source.native_plan(quant=source.resolve_quant(quant), **core)
     path = locate(model, revision=revision, offline=offline, cache=cache or None, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress)
     files = tokenizer_files(path, checkpoint)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from . import _native, weights
 from .errors import ArgumentError, FileError
 from .memory import parse_bytes, size_text, usable_memory
 from .sizes import name_of
-from .source import locate
+from .source import located_header
 
 # A tokenizer's tables, for each token of the vocabulary: measured with the released one.
 _TOKENIZER_BYTES = 800
@@ -85,20 +86,21 @@ def plan(
     kv: str = "auto",
     head: str = "full",
     sessions: int = 1,
+    revision: str | None = None,
     cache: str | Path | None = None,
     offline: bool = False,
 ) -> MemoryPlan:
     """What a model and a number of sessions will take, before anything is loaded.
 
-    model: as for `load`, or what its config.json says. Of a name on the hub only the small files
-    are fetched, and its weights are taken to have the type that config.json states. The other
-    settings are those of `load`; sessions are planned with all their `ctx` tokens, which `load`
-    takes as they come. Raises like `load`.
+    model: as for `load`, or what its config.json says. No weights are fetched: of a checkpoint on
+    the hub only the small files, and its weights are taken to have the type that config.json
+    states; of a GGUF file on the hub the header. The other settings are those of `load`; sessions
+    are planned with all their `ctx` tokens, which `load` takes as they come. Raises like `load`.
     """
-    source = open_source(model, cache=cache, offline=offline)
-    return source.plan(
-        quant=quant, ctx=ctx, yarn=yarn, threads=threads, kv=kv, head=head, sessions=sessions
-    )
+    with open_source(model, revision=revision, cache=cache, offline=offline) as source:
+        return source.plan(
+            quant=quant, ctx=ctx, yarn=yarn, threads=threads, kv=kv, head=head, sessions=sessions
+        )
 
 
 class Source:
@@ -112,6 +114,10 @@ class Source:
             self._config = json.loads(text)
         except ValueError as error:
             raise FileError(f"{name}: config.json: not valid JSON: {error}") from None
+
+    def close(self) -> None:
+        """Let go of the files, which some systems do not remove before; nothing can follow."""
+        del self._model
 
     @property
     def quants(self) -> tuple[str, ...]:
@@ -172,21 +178,31 @@ class Source:
         return "bfloat16"
 
 
+@contextmanager
 def open_source(
     model: str | Path | Mapping[str, Any],
     *,
     revision: str | None = None,
     cache: str | Path | None,
     offline: bool,
-) -> Source:
-    """The checkpoint that is here, or the config.json of a name on the hub."""
+) -> Iterator[Source]:
+    """For the time of the block: the headers of a checkpoint that is here or of a GGUF file on the
+    hub, or the config.json of a name on the hub."""
     if isinstance(model, Mapping):
+        if revision is not None:
+            raise ArgumentError("revision is for names on the hub")
         text = json.dumps(dict(model))
         _native.memory_plan(text, quant="none")  # so that no size is missing
-        return Source(text, f"Qwen3.5 {name_of(dict(model))}")
-    path = locate(
-        model, revision=revision, offline=offline, cache=cache, progress=False, weights=False
-    )
-    if path.is_dir() and not Path(model).exists() and str(model) != "demo":
-        return Source((path / "config.json").read_text(encoding="utf-8"), str(model))
-    return Source(_native.Checkpoint(str(path)), str(model))
+        yield Source(text, f"Qwen3.5 {name_of(dict(model))}")
+        return
+    with located_header(
+        model, revision=revision, offline=offline, cache=cache, progress=False
+    ) as path:
+        if path.is_dir() and not Path(model).exists() and str(model) != "demo":
+            yield Source((path / "config.json").read_text(encoding="utf-8"), str(model))
+            return
+        source = Source(_native.Checkpoint(str(path)), str(model))
+        try:
+            yield source
+        finally:
+            source.close()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from . import gguf
+from . import gguf, hub, hub_cache
 from .errors import ArgumentError, FileError
 from .vocabulary import TOKENIZER_FILES, read_folder
 
@@ -20,14 +23,49 @@ def locate(
     offline: bool = False,
     cache: str | Path | None = None,
     progress: bool | None = None,
-    weights: bool = True,
 ) -> Path:
     """The folder or file that `source` names, fetched from the hub if need be.
 
     A folder that `qdelta export` made means the model in it. revision: of a name on the hub.
-    weights: False: the files of the tokenizer are enough. Raises ArgumentError and
-    FileAccessError for names that lead nowhere.
+    Raises ArgumentError and FileAccessError for names that lead nowhere.
     """
+    path = _on_this_computer(source, revision, cache)
+    if path is None:
+        path = hub.resolve(str(source), revision=revision, offline=offline, progress=progress)
+    return path
+
+
+@contextmanager
+def located_header(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    cache: str | Path | None = None,
+    progress: bool | None = None,
+) -> Iterator[Path]:
+    """The same for the time of the block, where weights need not be there to be read.
+
+    Of a name on the hub these are the small files of a checkpoint, or the header of a GGUF file.
+    """
+    path = _on_this_computer(source, revision, cache)
+    if path is not None:
+        yield path
+        return
+    name = str(source)
+    if hub.split_name(name)[1] is None:
+        yield hub.resolve(
+            name, revision=revision, offline=offline, progress=progress, tokenizer_only=True
+        )
+        return
+    with TemporaryDirectory(prefix="qdelta-", ignore_cleanup_errors=True) as folder:
+        yield hub.resolve_header(name, Path(folder), revision=revision, offline=offline)
+
+
+def _on_this_computer(
+    source: str | Path, revision: str | None, cache: str | Path | None
+) -> Path | None:
+    """The folder or file that `source` names, None if it is a name on the hub and not kept."""
     if not str(source):
         # An empty path would be the current folder, which nobody means by it.
         raise ArgumentError("model: empty; expected a name on the hub, a folder, or a file")
@@ -44,18 +82,10 @@ def locate(
 
     if isinstance(source, Path) or not is_name:
         return archive.model_in(path)  # opening it tells what is wrong, if it is not there
-    from . import hub, hub_cache
     from .weights import cache_folder
 
     commit = None if revision is None else hub_cache.commit(hub.split_name(source)[0], revision)
-    kept = archive.find_kept(source, commit, cache_folder(cache))
-    return kept or hub.resolve(
-        source,
-        revision=revision,
-        offline=offline,
-        progress=progress,
-        tokenizer_only=not weights,
-    )
+    return archive.find_kept(source, commit, cache_folder(cache))
 
 
 def tokenizer_files(path: Path, checkpoint: _native.Checkpoint | None = None) -> dict[str, bytes]:

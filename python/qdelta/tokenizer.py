@@ -22,7 +22,7 @@ from . import vocabulary
 from .chat import SystemPolicy, check_tools, level_messages, strings_in
 from .errors import ArgumentError, UnsupportedError
 from .results import Message
-from .source import locate, tokenizer_files
+from .source import located_header, tokenizer_files
 from .template import COMMON_OPTIONS, ChatTemplate
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ _LONG_TEXT = 4096
 class Tokenizer:
     """A checkpoint's tokenizer and chat template; reads no weights.
 
-    source: a folder, a converted file, "demo", or a name on the hub. revision, offline, cache,
-    progress: as in `qdelta.load`. Raises FileError, FileAccessError or UnsupportedError.
+    source: a folder, a GGUF or converted file, "demo", or a name on the hub. revision, offline,
+    cache, progress: as in `qdelta.load`. Raises FileError, FileAccessError or UnsupportedError.
     """
 
     def __init__(
@@ -51,15 +51,10 @@ class Tokenizer:
         cache: str | Path | None = None,
         progress: bool | None = None,
     ) -> None:
-        path = locate(
-            source,
-            revision=revision,
-            offline=offline,
-            cache=cache,
-            progress=progress,
-            weights=False,
-        )
-        self._set_up(tokenizer_files(path))
+        with located_header(
+            source, revision=revision, offline=offline, cache=cache, progress=progress
+        ) as path:
+            self._set_up(tokenizer_files(path))
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:

@@ -12,7 +12,7 @@ import click
 
 from ..memory import parse_bytes, size_text, usable_memory
 from .bench import counts
-from .common import QUANTS, yarn_option
+from .common import QUANTS, revision_option, yarn_option
 
 if TYPE_CHECKING:
     from ..planning import MemoryPlan
@@ -73,6 +73,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     help='What may be taken, as "8 GB" or "8GiB"; default: what this computer has to spare.',
 )
 @yarn_option
+@revision_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
 @click.option("--offline", is_flag=True, help="Touch no network.")
@@ -85,15 +86,16 @@ def plan(
     sessions: int,
     memory: str | None,
     yarn: float | None,
+    revision: str | None,
     as_json: bool,
     cache: str | None,
     offline: bool,
 ) -> None:
     """What fits into memory: weights, caches and buffers of a model, before it is fetched.
 
-    Of a name on the hub only the small files are fetched. Sessions are planned full: memory is
-    taken as a conversation grows. Weights are mapped files: where they do not fit, the system
-    reads them again and again, and every token waits for it.
+    Of a name on the hub only the small files are fetched, or the header of a GGUF file. Sessions
+    are planned full: memory is taken as a conversation grows. Weights are mapped files: where they
+    do not fit, the system reads them again and again, and every token waits for it.
 
     \b
       qdelta plan Qwen/Qwen3.5-4B
@@ -104,22 +106,24 @@ def plan(
 
     if (model_name is None) == (synthetic is None):
         raise click.UsageError("give a MODEL or --synthetic, one of them")
+    if synthetic and revision is not None:
+        raise click.UsageError("--revision is for names on the hub")
     if 0 in ctx:
         raise click.UsageError("--ctx: at least 1 token")
     there = usable_memory() if memory is None else parse_bytes(memory, "--memory")
     model = SIZES[synthetic] if synthetic else model_name
     assert model is not None
-    source = open_source(model, cache=cache, offline=offline)
-    most = source.plan(yarn=yarn).ctx
     plans: dict[tuple[str, str, int], MemoryPlan] = {}
-    for one_quant in quant or source.quants:
-        for one_kv in kv:
-            for n in ctx:
-                found = source.plan(
-                    quant=one_quant, kv=one_kv, ctx=min(n, most), yarn=yarn, sessions=sessions
-                )
-                # Two names may mean the same, as "auto" does.
-                plans[found.quant, found.kv_format, found.ctx] = found
+    with open_source(model, revision=revision, cache=cache, offline=offline) as source:
+        most = source.plan(yarn=yarn).ctx
+        for one_quant in quant or source.quants:
+            for one_kv in kv:
+                for n in ctx:
+                    found = source.plan(
+                        quant=one_quant, kv=one_kv, ctx=min(n, most), yarn=yarn, sessions=sessions
+                    )
+                    # Two names may mean the same, as "auto" does.
+                    plans[found.quant, found.kv_format, found.ctx] = found
     if as_json:
         entries = [
             {**asdict(p), "total": p.total, "fits": None if there is None else p.fits(there)}

@@ -3,7 +3,7 @@
 use crate::error::{detached, exception};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyInt, PyList};
-use qdelta_core::files::gguf::Value;
+use qdelta_core::files::gguf::{self, Value};
 use qdelta_core::files::gguf_write::Entry;
 use qdelta_core::model::checkpoint;
 use qdelta_core::model::recipe::Storage;
@@ -267,4 +267,11 @@ fn chosen(formats: HashMap<String, String>) -> qdelta_core::Result<HashMap<Strin
 #[pyfunction]
 pub fn verify(py: Python<'_>, path: PathBuf) -> PyResult<()> {
     detached(py, || core_convert::verify(&path))
+}
+
+/// Bytes of the header of a GGUF file of `length` bytes, of which a file holds the start; None if
+/// it holds too little of it.
+#[pyfunction]
+pub fn gguf_header_bytes(py: Python<'_>, start: PathBuf, length: u64) -> PyResult<Option<usize>> {
+    detached(py, || gguf::header_bytes(&start, length))
 }

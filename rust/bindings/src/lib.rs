@@ -17,7 +17,7 @@ mod _native {
     #[pymodule_export]
     use super::bench::kernels;
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, convert, export_gguf, losses, verify};
+    use super::checkpoint::{Checkpoint, convert, export_gguf, gguf_header_bytes, losses, verify};
     #[pymodule_export]
     use super::model::{MemoryPlan, Model, memory_plan};
     #[pymodule_export]

@@ -5,7 +5,7 @@ mod common;
 
 use common::gguf::{ARRAY, File, I32, Row, TEXT, Typed, U32, array, f32, i32s, string, text, u32};
 use qdelta_core::Result;
-use qdelta_core::files::gguf::{Gguf, Value};
+use qdelta_core::files::gguf::{Gguf, Value, header_bytes};
 use qdelta_core::model::checkpoint::Checkpoint;
 use qdelta_core::tensor::Bytes;
 
@@ -54,6 +54,23 @@ fn every_truncation_is_an_error() {
     read(good.clone()).expect("a valid file");
     for n in 0..good.len() {
         refused(good[..n].to_vec());
+    }
+}
+
+#[test]
+fn headers_are_whole_or_more_is_needed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("a.gguf");
+    let good = small().bytes();
+    let header = good.len() - [24, 34usize.next_multiple_of(8)].iter().sum::<usize>();
+    for n in 0..=good.len() {
+        std::fs::write(&path, &good[..n]).expect("a file");
+        let found = header_bytes(&path, good.len() as u64).expect("a valid start");
+        // Behind the table come fewer bytes than the alignment has.
+        assert!(found.is_none_or(|bytes| bytes <= n && (header - 8..=header).contains(&bytes)));
+        assert!(found.is_some() || n < header, "{n}");
+        // Of a file that ends here it is damaged.
+        assert_eq!(header_bytes(&path, n as u64).is_ok(), found.is_some(), "{n}");
     }
 }
 

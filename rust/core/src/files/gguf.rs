@@ -68,6 +68,19 @@ pub fn starts_like_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(MAGIC)
 }
 
+/// Bytes that metadata and tensor table take at the start of a file of which `path` holds the first
+/// bytes, `length` being those of the whole file. None: `path` holds too few to tell.
+pub fn header_bytes(path: &Path, length: u64) -> Result<Option<usize>> {
+    let bytes = Mapping::open(path)?.bytes();
+    let file = file_name(path);
+    let mut reader = Reader::of_start(&bytes, length, &file);
+    match read_header(&bytes, &mut reader) {
+        Ok(_) => Ok(Some(reader.at())),
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::UnexpectedEof => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// A file with all its parts.
 pub struct Gguf {
     pub metadata: Metadata,
@@ -165,12 +178,7 @@ impl Part {
     /// Reads and checks a file. file: its name, for errors.
     fn read(bytes: Bytes, file: &str) -> Result<Part> {
         let mut reader = Reader::new(&bytes, file);
-        let (n_tensors, n_entries) = read_start(&mut reader)?;
-        let metadata = Metadata::read(&bytes, &mut reader, n_entries)?;
-        let mut infos = Vec::new();
-        for _ in 0..n_tensors {
-            infos.push(TensorInfo::read(&mut reader)?);
-        }
+        let (metadata, infos) = read_header(&bytes, &mut reader)?;
         let alignment = match metadata.count(ALIGNMENT_KEY)?.unwrap_or(DEFAULT_ALIGNMENT) {
             n if n.is_power_of_two() && n <= MOST_ALIGNMENT => n as usize,
             n => {
@@ -202,6 +210,17 @@ impl Part {
             self.metadata.file()
         )))
     }
+}
+
+/// The metadata, and the rows of the tensor table. bytes: those of `reader`.
+fn read_header<'a>(
+    bytes: &Bytes,
+    reader: &mut Reader<'a>,
+) -> Result<(Metadata, Vec<TensorInfo<'a>>)> {
+    let (n_tensors, n_entries) = read_start(reader)?;
+    let metadata = Metadata::read(bytes, reader, n_entries)?;
+    let infos = (0..n_tensors).map(|_| TensorInfo::read(reader)).collect::<Result<_>>()?;
+    Ok((metadata, infos))
 }
 
 /// The numbers of tensors and of entries.

@@ -5,7 +5,9 @@ use crate::tensor::Bytes;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
+use std::io::ErrorKind;
 use std::ops::Range;
+use std::path::Path;
 
 /// Names are no longer than this, in any program that reads them.
 const MOST_NAME: usize = 1 << 16;
@@ -113,7 +115,7 @@ impl Metadata {
     /// The value of a key; an error if it is a text that is no UTF-8.
     pub fn get(&self, key: &str) -> Result<Option<Value<'_>>> {
         let Some((key, (kind, range))) = self.entries.get_key_value(key) else { return Ok(None) };
-        let mut reader = Reader { bytes: &self.bytes, at: range.start, file: &self.file };
+        let mut reader = Reader { at: range.start, ..Reader::new(&self.bytes, &self.file) };
         reader.value(*kind, key).map(Some)
     }
 
@@ -139,7 +141,8 @@ pub(super) fn short(name: &str) -> String {
 /// Reads a file from a byte on.
 #[derive(Clone, Copy)]
 pub(super) struct Reader<'a> {
-    bytes: &'a [u8],
+    bytes: &'a [u8], // all of the file, or its start
+    length: u64,     // of the file
     at: usize,
     file: &'a str,
 }
@@ -147,7 +150,13 @@ pub(super) struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// From the first byte on. file: its name, for errors.
     pub fn new(bytes: &'a [u8], file: &'a str) -> Reader<'a> {
-        Reader { bytes, at: 0, file }
+        Reader { bytes, length: bytes.len() as u64, at: 0, file }
+    }
+
+    /// The same for the start of a file of `length` bytes. What lies behind it is an error of the
+    /// kind `UnexpectedEof`.
+    pub fn of_start(bytes: &'a [u8], length: u64, file: &'a str) -> Reader<'a> {
+        Reader { length: length.max(bytes.len() as u64), ..Reader::new(bytes, file) }
     }
 
     /// Bytes that were read.
@@ -157,7 +166,7 @@ impl<'a> Reader<'a> {
 
     /// Bytes that are left.
     pub fn rest(&self) -> u64 {
-        (self.bytes.len() - self.at) as u64
+        self.length - self.at as u64
     }
 
     pub fn wrong(&self, text: String) -> Error {
@@ -180,10 +189,11 @@ impl<'a> Reader<'a> {
                 self.rest()
             )));
         }
-        // No more than the file has, so it fits.
-        let end = self.at + n as usize;
-        let taken = &self.bytes[self.at..end];
-        self.at = end;
+        let Some(taken) = usize::try_from(n).ok().and_then(|n| self.bytes[self.at..].get(..n))
+        else {
+            return Err(Error::io(Path::new(self.file), ErrorKind::UnexpectedEof.into()));
+        };
+        self.at += taken.len();
         Ok(taken)
     }
 
