@@ -275,6 +275,27 @@ def test_revisions(place: Place, hub: Hub):
     assert message.startswith("FileAccessError")
 
 
+def test_commands_of_revisions(place: Place, hub: Hub):
+    hub.tags.add("v1")
+    text = place.path / "text.txt"
+    text.write_text("Once upon a time there was a small model. " * 4)
+    for number, command in enumerate((
+        ("plan", NAME, "--ctx", 100),
+        ("inspect", NAME),
+        ("convert", NAME, "-o", place.path / "out.safetensors"),
+        ("bench", NAME, "-p", 4, "-n", 0, "-r", 1, "--quant", "none"),
+        ("eval", NAME, "--against", NAME, "--window", 8, "--text", text, "--quant", "none"),
+    )):  # fmt: skip
+        hub.commit = f"{number:040x}"
+        place.command(*command, "--revision", "v1")
+        assert (place.hub / "models--Owner--Tiny-Qwen3.5" / "snapshots" / hub.commit).is_dir()
+        message = place.command(*command, "--revision", "v2", status=1).stderr
+        assert "no revision 'v2'" in message and message.count("\n") == 1
+    for command in ("plan", "bench"):
+        message = place.command(command, "--synthetic", "0.8B", "--revision", "v1", status=2).stderr
+        assert "--revision is for names on the hub" in message
+
+
 @pytest.mark.parametrize("only", ["w5", "gguf", "gguf:", "none", "Q4_K_M", ""])
 def test_forms_that_are_none(only: str):
     with pytest.raises(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import QUANTS
+from .common import QUANTS, revision_option
 
 if TYPE_CHECKING:
     from ..bench import Row
@@ -102,6 +102,7 @@ def counts(text: str) -> list[int]:
     metavar="FILE",
     help="Results of -o json to draw, with those of this run if there is one; may be repeated.",
 )
+@revision_option
 @click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
 @click.option("--offline", is_flag=True, help="Touch no network.")
 def bench(
@@ -122,6 +123,7 @@ def bench(
     against_model: str | None,
     plot: str | None,
     saved: tuple[str, ...],
+    revision: str | None,
     cache: str | None,
     offline: bool,
 ) -> None:
@@ -173,6 +175,8 @@ def bench(
         return
     if (model_name is None) == (synthetic is None):
         raise click.UsageError("give a MODEL or --synthetic, one of them")
+    if synthetic and revision is not None:
+        raise click.UsageError("--revision is for names on the hub")
     cases = benchmark.tests(n_prompt, n_gen, n_depth)
     if not cases:
         raise click.UsageError("nothing to measure: -p and -n are 0")
@@ -182,7 +186,9 @@ def bench(
     if (against is None) != (against_model is None):
         raise click.UsageError("--against and --against-model go together")
     peer = benchmark.Peer(against, against_model) if against and against_model else None
-    path = locate(model_name, offline=offline, cache=cache, progress=None) if model_name else None
+    path = None
+    if model_name is not None:
+        path = locate(model_name, revision=revision, offline=offline, cache=cache, progress=None)
     reports: dict[str, Report] = {
         "md": Markdown(limits=limits), "json": Json(), "jsonl": JsonLines(), "csv": Csv(),
     }  # fmt: skip

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..llm import Model
     from ..quality import Quality
 
+# Settings of MODEL that are not the reference's.
+_OWN = ("revision", "quant", "kv", "head")
+
 
 @click.command("eval")
 @click.argument("model_names", metavar="MODEL...", nargs=-1)
@@ -84,9 +87,9 @@ def evaluate(
 
     --against runs a reference beside each MODEL and tells the KL divergence of their
     distributions, KL(reference || MODEL), in nats per scored token: 0 is no difference. "Same
-    top" is how often both hold the same token most likely. Both are loaded at once. --quant,
-    --kv and --head are settings of MODEL; the reference has the weights as its files have them,
-    so the first line tells what the usual quantisation of a model costs.
+    top" is how often both hold the same token most likely. Both are loaded at once. --revision,
+    --quant, --kv and --head are settings of MODEL; the reference has the weights as its files have
+    them, so the first line tells what the usual quantisation of a model costs.
 
     \b
       qdelta eval ./Qwen3.5-4B --against ./Qwen3.5-4B --text novel.txt
@@ -157,7 +160,7 @@ def _load_reference(name: str, quant: str | None, options: dict[str, Any]) -> Mo
     from ..loading import load
     from ..source import locate
 
-    shared = {key: options[key] for key in LOADING_NAMES if key not in ("quant", "kv", "head")}
+    shared = {key: options[key] for key in LOADING_NAMES if key not in _OWN}
     path = locate(name, offline=options["offline"], cache=options["cache"], progress=None)
     return load(path, quant=quant or ("none" if path.is_dir() else "auto"), **shared)
 

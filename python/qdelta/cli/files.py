@@ -10,11 +10,12 @@ import click
 
 from ..errors import ArgumentError
 from ..memory import size_text
-from .common import read_text, reading, table_console, yarn_option
+from .common import read_text, reading, revision_option, table_console, yarn_option
 
 
 @click.command()
 @click.argument("model_name", metavar="MODEL")
+@revision_option
 @click.option(
     "--quant",
     "--recipe",
@@ -52,6 +53,7 @@ from .common import read_text, reading, table_console, yarn_option
 @click.option("--offline", is_flag=True, help="Touch no network.")
 def convert(
     model_name: str,
+    revision: str | None,
     recipe: str,
     calibrate: Any,
     to: str,
@@ -85,7 +87,7 @@ def convert(
     from .. import _native, recipes, weights
     from ..source import locate
 
-    path = locate(model_name, offline=offline, cache=None, progress=None)
+    path = locate(model_name, revision=revision, offline=offline, cache=None, progress=None)
     source = _native.Checkpoint(str(path))
     if to == "gguf":
         if recipe != "auto" or calibrate is not None:
@@ -127,6 +129,7 @@ def _importance(source: Any, path: Path, file: Any, threads: int | None) -> dict
 
 @click.command()
 @click.argument("model_name", metavar="MODEL")
+@revision_option
 @click.option(
     "--ctx",
     type=click.IntRange(min=1),
@@ -147,6 +150,7 @@ def _importance(source: Any, path: Path, file: Any, threads: int | None) -> dict
 @click.option("--offline", is_flag=True, help="Touch no network.")
 def inspect(
     model_name: str,
+    revision: str | None,
     ctx: int,
     yarn: float | None,
     kv: str,
@@ -165,7 +169,7 @@ def inspect(
     from .. import _native
     from ..source import locate
 
-    path = locate(model_name, offline=offline, cache=None, progress=None)
+    path = locate(model_name, revision=revision, offline=offline, cache=None, progress=None)
     checkpoint = _native.Checkpoint(str(path))
     if verify:
         if checkpoint.quant == "none":
