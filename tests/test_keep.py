@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 import qdelta
+from golden_data import GOLDEN
 from loopback_hub import COMMIT, Hub, environment, output, program, run, serve
 from qdelta import _native, archive, hub_cache, inventory, keep, weights
 from qdelta.cli import cli
@@ -414,6 +415,36 @@ def test_rm_of_one_gguf(ggufs: Hub, tmp_path: Path):
     assert done.stdout == "1000 B freed\n"
     assert [path.name for path in keep_files(there, ".gguf")] == ["x-Q4_K_M.gguf"]
     there.command("verify", "Owner/Tiny-GGUF:Q4_K_M")
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_one_converted_file_for_all_revisions_of_a_gguf(tmp_path: Path, in_folder: bool):
+    name = "Owner/Tiny-GGUF:Q8_0"
+    file = tmp_path / "ggufs" / ("Q8_0" if in_folder else "") / "x-Q8_0.gguf"
+    file.parent.mkdir(parents=True)
+    shutil.copy(GOLDEN / "gguf" / "tiny-k256-bf16-Q8_0.gguf", file)
+    load = f"print(qdelta.load({name!r}, quant='gguf').native.quant)"
+    with serve("Owner/Tiny-GGUF", tmp_path / "ggufs") as hub:
+        there = Place(tmp_path, hub.url)
+        assert there.python(load) == "gguf"
+        (made,) = there.cache.glob("*.gguf.safetensors")
+        before = made.stat()
+        (file.parent / "README.md").write_text("# New")
+        hub.commit = "a" * 40
+        assert there.python(load) == "gguf"
+        after = made.stat()
+        assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+        there.command("verify", name)
+        flip(file)  # a weight
+        hub.commit = "b" * 40
+        there.python(f"qdelta.pull({name!r})")
+        assert there.python(load) == "gguf"
+        assert made.stat().st_mtime_ns != before.st_mtime_ns
+    assert list(there.cache.glob("*.safetensors")) == [made]
+    there.command("verify", name)
+    assert [one["name"] for one in listed(there) if one["place"] == "converted"] == [name]
+    there.command("rm", "--yes", name)
+    assert not list(there.cache.glob("*")) and not keep_files(there, ".gguf")
 
 
 # ------------------------------------------------------------- breaks, company, and a full disk

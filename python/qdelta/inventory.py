@@ -45,7 +45,7 @@ def held(cache: str | Path | None = None) -> list[Held]:
     for repo in hub_cache.repos():
         here = list(_held_in_hub(repo))
         found += here
-        for name in {repo, *(one.name for one in here)}:
+        for name in (repo, *(one.name for one in here)):  # those with a type are more exact
             origins |= dict.fromkeys(converted_from(name, cache), name)
     for path in sorted(folder.glob("*.safetensors")):
         found.append(_held_converted(path, origins.get(path)))
@@ -217,25 +217,27 @@ def converted_from(model: Path | str, cache: str | Path | None) -> dict[Path, li
 
     model: a name on the hub, or the path of a folder or file.
     """
-    sources: dict[Path, list[Path]] = {}  # a path that stands for all -> themselves
+    sources: list[Path] = []
     if isinstance(model, Path):
-        sources[model] = [model]
+        sources.append(model)
     else:
         repo, wanted = hub.split_name(model)
-        here = list(hub_cache.snapshots(repo))
-        if not wanted:
-            sources[hub_cache.repo_folder(repo) / "snapshots" / "any"] = here
-        for snapshot in here:
+        if not wanted:  # should no snapshot be left, the place is found all the same
+            sources.append(hub_cache.repo_folder(repo) / "snapshots" / "any")
+        for snapshot in hub_cache.snapshots(repo):
+            if not wanted:
+                sources.append(snapshot)
             ggufs = gguf_names.models(hub_cache.files(snapshot))
             meant = hub.weights_here(model, snapshot) if wanted else None
             firsts = (gguf.files[0] for gguf in ggufs)
-            paths = [snapshot / first for first in firsts if meant is None or first in meant]
-            sources |= {path: [path] for path in paths}
-    return {
-        weights.converted_path(path, quant, cache): models
-        for path, models in sources.items()
-        for quant in _CONVERTED
-    }
+            sources += [snapshot / first for first in firsts if meant is None or first in meant]
+    places: dict[Path, list[Path]] = {}
+    for source in sources:
+        for quant in _CONVERTED:
+            models = places.setdefault(weights.converted_path(source, quant, cache), [])
+            if source.exists():
+                models.append(source)
+    return places
 
 
 def remove_converted(path: Path) -> int:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import _native, gguf
+from . import _native, gguf, hub_cache
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
 from .hub import SMALL_FILES
 from .progress import byte_bar
@@ -222,8 +222,9 @@ def converted_path(path: str | Path, quant: str, cache: str | Path | None = None
     given = Path(os.path.abspath(path))
     # The hub's cache has a folder for each revision below the model's. A new revision takes the
     # place of the old one, or its converted file if the weights are the same.
-    if given.parent.name == "snapshots" and given.parent.parent.name.startswith("models--"):
-        given = given.parent.parent
+    if found := hub_cache.snapshot_of(given):
+        _, snapshot = found
+        given = snapshot.parent.parent / given.relative_to(snapshot)
     key = hashlib.sha256(os.fsencode(given)).hexdigest()[:16]
     return cache_folder(cache) / f"{given.name}-{key}.{quant}.safetensors"
 
