@@ -175,6 +175,20 @@ def test_losses_fall_with_bits(source):
     assert set(by_matrix["layers.3.self_attn.o_proj.weight"]) == {"w4", "w4_nl", "w8"}
 
 
+def test_losses_of_a_conversion(source, tokens, tmp_path):
+    importance = calibration.importance(source, _native.Model(source), tokens[:600])
+    chosen = {"layers.5.mlp.down_proj.weight": "w4", "layers.1.mlp.up_proj.weight": "w8"}
+    converted = made(source, "custom", chosen, importance)
+    found = calibration.losses(source, converted, importance)
+    assert found[0][:2] == ("layers.5.mlp.down_proj", "w4")
+    assert [loss for _, _, loss in found] == sorted((loss for _, _, loss in found), reverse=True)
+    by_name = {name: (format, loss) for name, format, loss in found}
+    # Of a matrix with 256 rows all are measured: the loss can be worked out from what is stored.
+    format, loss = by_name["layers.1.mlp.up_proj"]
+    assert format == "w8" and 0 < loss < 1e-4
+    assert "embed_tokens" in by_name and not any(name.startswith("mtp.") for name in by_name)
+
+
 def test_the_default_of_a_large_checkpoint(source, monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "SMALL_BYTES", 0)
     opened = weights.open_model(demo.path(), cache=tmp_path)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import _native, recipes
 from .errors import ArgumentError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from . import _native
 
 # Tokens that see each other, and how many of them are traced at a time: a trace keeps all values
 # between the layers.
@@ -79,6 +78,29 @@ def importance(
             floor = _FLOOR * mean.mean() or 1.0
             found[name] = (mean + floor).astype(np.float32)
     return found
+
+
+def losses(
+    source: _native.Checkpoint,
+    converted: _native.Checkpoint,
+    importance: dict[str, NDArray[np.float32]],
+) -> list[tuple[str, str, float]]:
+    """(matrix, format, loss) of what `converted` holds of the matrices of `source`, most first.
+
+    The loss is the part of the power of a matrix's output, for the text of `importance`, that its
+    rounding is; see `_native.losses`. Matrices without importance, or in no panels, are left out.
+    """
+    formats: dict[str, str] = {}
+    for name, *_ in converted.tensors():
+        stem, _, format = name.rpartition(".")
+        formats[f"{stem}.weight"] = format
+    used = {formats[name] for name in importance if name in formats} & set(recipes.FORMATS)
+    found = [
+        (name.removesuffix(".weight"), format, loss)
+        for name, format, _, loss in _native.losses(source, sorted(used), importance)
+        if name in importance and formats.get(name) == format
+    ]
+    return sorted(found, key=lambda entry: -entry[2])
 
 
 def _input_of(matrix: str) -> str | None:

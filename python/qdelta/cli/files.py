@@ -12,6 +12,9 @@ from ..errors import ArgumentError
 from ..memory import size_text
 from .common import read_text, reading, revision_option, table_console, yarn_option
 
+# Matrices that `convert --calibrate` tells the losses of.
+_SHOWN_LOSSES = 5
+
 
 @click.command()
 @click.argument("model_name", metavar="MODEL")
@@ -30,7 +33,8 @@ from .common import read_text, reading, revision_option, table_console, yarn_opt
     "--calibrate",
     type=click.File("rb"),
     metavar="TEXT",
-    help="Round so that the outputs for this text change least. Reads the model once over it.",
+    help="Round so that the outputs for this text change least, and tell which matrices lose most. "
+    "Reads the model once over the text.",
 )
 @click.option(
     "--to",
@@ -109,6 +113,19 @@ def convert(
         source, path, out, quant=quant, formats=formats, importance=importance, threads=threads
     )
     click.echo(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB", err=True)
+    if importance is not None:
+        _print_losses(source, _native.Checkpoint(out), importance)
+
+
+def _print_losses(source: Any, converted: Any, importance: dict[str, Any]) -> None:
+    """Which matrices a recipe file might give more bits."""
+    from .. import calibration
+
+    found = calibration.losses(source, converted, importance)[:_SHOWN_LOSSES]
+    width = max(len(name) for name, _, _ in found)
+    click.echo("Outputs for this text that change most, as a part of their power:", err=True)
+    for name, format, loss in found:
+        click.echo(f"  {name:{width}}  {format:9}  {loss:.2%}", err=True)
 
 
 def _importance(source: Any, path: Path, file: Any, threads: int | None) -> dict[str, Any]:
