@@ -15,8 +15,7 @@ use std::time::{Duration, Instant};
 pub fn format_named(name: &str) -> Result<Format> {
     [Format::Bf16, Format::F16, Format::F32]
         .into_iter()
-        .chain(Format::PACKED)
-        .filter(|format| *format != Format::W8Affine)
+        .chain(Format::encoded())
         .find(|format| format.name() == name)
         .ok_or_else(|| {
             let names = "bf16, f16, f32, w8, w8_planes, w4, w4_nl, w4_k, w5_k, w6_k";

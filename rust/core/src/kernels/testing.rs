@@ -27,7 +27,7 @@ pub struct Panels {
 impl Made {
     /// All ways to fill the formats of panels.
     pub fn all() -> impl Iterator<Item = Made> {
-        let encoded = Format::PACKED.into_iter().filter(|f| *f != Format::W8Affine);
+        let encoded = Format::encoded();
         encoded.map(Made::Encoded).chain(BlockType::ALL.map(Made::Reordered))
     }
 

@@ -22,11 +22,7 @@ impl Storage {
     pub fn named(name: &str) -> Option<Storage> {
         match name {
             "keep" => Some(Storage::AsIs),
-            _ => Format::PACKED
-                .into_iter()
-                .filter(|format| *format != Format::W8Affine)
-                .find(|format| format.name() == name)
-                .map(Storage::Coded),
+            _ => Format::encoded().find(|format| format.name() == name).map(Storage::Coded),
         }
     }
 
@@ -145,7 +141,7 @@ fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
     Storage::Coded(if few { FEW_ROWS } else { *format })
 }
 
-/// The numbers of a GGUF file's blocks, in panels where those are about as narrow.
+/// The numbers of a GGUF file's blocks, in panels unless those would be several times as wide.
 fn as_gguf(role: Role, block: BlockType) -> Storage {
     Storage::Coded(match (panel_format(block), role) {
         (Format::W8, Role::Embedding | Role::Head) => Format::W8Planes,
@@ -205,7 +201,9 @@ mod tests {
             (&up, BlockType::Q8_0, "up.w8", [3, 8 * 1088]),
             (&head, BlockType::Q8_0, "head.w8_planes", [3, 8 * 1088]),
             (&head, BlockType::Q6K, "head.w6_k", [3, 2 * 3392]),
-            (&up, BlockType::Iq4Xs, "up.iq4_xs", [40, 2 * 136]),
+            (&up, BlockType::Iq4Xs, "up.w4_nl_k", [3, 2 * 2240]),
+            (&up, BlockType::Q3K, "up.w6_k", [3, 2 * 3392]),
+            (&up, BlockType::Q2K, "up.q2_k", [40, 2 * 84]),
         ] {
             let found = stored(Quant::Gguf, spec, Dtype::Blocks(block));
             assert_eq!(found, (name.to_owned(), shape.to_vec()));

@@ -212,7 +212,7 @@ impl BlockType {
             }
             BlockType::Q3K => {
                 for (i, scale) in scales.iter_mut().enumerate() {
-                    *scale = d * (f32::from(q3_k_scale(&b[96..108], i)) - 32.0);
+                    *scale = d * f32::from(q3_k_scale(&b[96..108], i));
                 }
                 pairs(&b[32..96], codes);
                 for (i, code) in codes.iter_mut().enumerate() {
@@ -240,11 +240,8 @@ impl BlockType {
                 }
             }
             BlockType::Iq4Xs => {
-                let high = u16::from_le_bytes([b[2], b[3]]);
                 for k in 0..8 {
-                    let low = b[4 + k / 2] >> (k % 2 * 4) & 15;
-                    let scale = i16::from(low) | ((high >> (2 * k) & 3) as i16) << 4;
-                    scales[2 * k..][..2].fill(d * f32::from(scale - 32));
+                    scales[2 * k..][..2].fill(d * f32::from(iq4_xs_scale(b, k)));
                     let table = |code: u8| w4_nl::TABLE[usize::from(code)];
                     nibbles(&b[8 + 16 * k..][..16], &mut codes[32 * k..][..32], table);
                 }
@@ -298,9 +295,16 @@ fn pairs(bytes: &[u8], codes: &mut [i8]) {
 }
 
 /// Scale `i` of Q3_K, six bits in twelve bytes.
-fn q3_k_scale(s: &[u8], i: usize) -> u8 {
+pub(super) fn q3_k_scale(s: &[u8], i: usize) -> i8 {
     let low = if i < 8 { s[i] & 15 } else { s[i - 8] >> 4 };
-    low | (s[8 + i % 4] >> (2 * (i / 4)) & 3) << 4
+    (low | (s[8 + i % 4] >> (2 * (i / 4)) & 3) << 4) as i8 - 32
+}
+
+/// Scale of group `g` of IQ4_XS: four bits in one place, two in another.
+pub(super) fn iq4_xs_scale(b: &[u8], g: usize) -> i8 {
+    let high = u16::from_le_bytes([b[2], b[3]]) >> (2 * g) & 3;
+    let low = b[4 + g / 2] >> (g % 2 * 4) & 15;
+    (low | (high as u8) << 4) as i8 - 32
 }
 
 /// Scale and offset of group `g` of Q4_K and Q5_K, six bits each in twelve bytes.

@@ -1,4 +1,5 @@
-//! Formats of super-blocks of 256 columns, which hold the numbers of Q4_K, Q5_K and Q6_K.
+//! Formats of super-blocks of 256 columns, which hold the numbers of Q4_K, Q5_K, Q6_K (and so those
+//! of Q3_K) and IQ4_XS.
 //!
 //! [`W4K`], 4.625 bits a weight: weight = d a code - m b, with d and m one f16 each per row and
 //! super-block, a and b one byte each per row and group of 32, codes of 4 bits. A super-block (16
@@ -24,6 +25,14 @@
 //!     16 halves of   64 B, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are the high bits of
 //!                    column 4t + i; then 2 x 64 B, the low four bits in the order of W4
 //!
+//! [`W4NlK`], 4.375 bits: weight = d a TABLE[code] with the table of W4NL, one signed byte a per row
+//! and group. A super-block is 2240 bytes:
+//!
+//!     16 x f16       d
+//!     32 B           zeros
+//!     8 x 16 B       a
+//!     8 x 4 x 64 B   codes of a group in the order of W4
+//!
 //! All is in the order in which the kernels read it: the hardware that asks for the next lines of a
 //! stream gives up if a line is read before an earlier one. With high bits behind the low ones a core
 //! of a Zen 5 read W5K and W6K at 17 GB/s in place of 38.
@@ -31,6 +40,7 @@
 use super::ggml::HALF;
 use super::search::{self, Codes, Integers};
 use super::w4::put_nibbles;
+use super::w4_nl;
 use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_halves, add_scaled, subtract_offsets};
 use crate::simd::{Isa, LANES};
 use half::f16;
@@ -57,8 +67,13 @@ const ZERO6: i32 = 32;
 
 pub const W4K_BYTES: usize = AFFINE + GROUPS * NIBBLES;
 pub const W5K_BYTES: usize = AFFINE + GROUPS * (STEP + NIBBLES);
+/// The scales of W4NlK.
+pub(super) const TABLED: usize = A6 + GROUPS * LANES;
+
+pub const W4NLK_BYTES: usize = TABLED + GROUPS * NIBBLES;
 pub const W6K_BYTES: usize = SIGNED + HALVES * HALF_BYTES;
 
+pub struct W4NlK;
 pub struct W4K;
 pub struct W5K;
 pub struct W6K;
@@ -169,6 +184,43 @@ impl Packed for W5K {
         let (plane, codes) = block[AFFINE + g * (STEP + NIBBLES)..].split_at(STEP);
         let high = plane[4 * row + col % 4] >> (col / 4) & 1;
         decode_affine(block, row, g, nibble(codes, row, col) | high << 4)
+    }
+}
+
+impl Packed for W4NlK {
+    type Block = [u8; W4NLK_BYTES];
+    const GROUPS: usize = GROUPS;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let (codes, _) = block[TABLED..].as_chunks().0.as_chunks();
+        let dots = w4_nl::dots(s, &codes[g], x);
+        let d = s.load_f16(&block.as_chunks().0[0]);
+        let scales = s.mul(d, s.load_i8(&block[A6..TABLED].as_chunks().0[g]));
+        add_scaled(s, dots, scales, x.scales, acc);
+    }
+
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let (g, col) = (col / GROUP, col % GROUP);
+        let code = nibble(&block[TABLED + g * NIBBLES..], row, col);
+        let d = f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
+        let a = f32::from(block[A6 + g * LANES + row] as i8);
+        d * a * f32::from(w4_nl::TABLE[usize::from(code)])
     }
 }
 

@@ -107,6 +107,8 @@ pub enum Format {
     W8Affine,
     W4,
     W4Nl,
+    /// With the numbers of a block type that no recipe rounds to, as W8Affine.
+    W4NlK,
     W4K,
     W5K,
     W6K,
@@ -115,12 +117,13 @@ pub enum Format {
 }
 
 impl Format {
-    pub const PACKED: [Format; 8] = [
+    pub const PACKED: [Format; 9] = [
         Format::W8,
         Format::W8Planes,
         Format::W8Affine,
         Format::W4,
         Format::W4Nl,
+        Format::W4NlK,
         Format::W4K,
         Format::W5K,
         Format::W6K,
@@ -146,6 +149,7 @@ impl Format {
             Format::W8Affine => "w8_affine",
             Format::W4 => "w4",
             Format::W4Nl => "w4_nl",
+            Format::W4NlK => "w4_nl_k",
             Format::W4K => "w4_k",
             Format::W5K => "w5_k",
             Format::W6K => "w6_k",
@@ -158,10 +162,18 @@ impl Format {
         Format::PACKED.into_iter().chain(BlockType::ALL.map(Format::Blocks))
     }
 
+    /// The packed formats that numbers can be rounded to.
+    pub fn encoded() -> impl Iterator<Item = Format> {
+        let kept = [Format::W8Affine, Format::W4NlK];
+        Format::PACKED.into_iter().filter(move |format| !kept.contains(format))
+    }
+
     /// Whether rows of `cols` columns can have this format.
     pub fn takes_cols(self, cols: usize) -> bool {
         match self {
-            Format::W4K | Format::W5K | Format::W6K => cols.is_multiple_of(k::SUPER),
+            Format::W4NlK | Format::W4K | Format::W5K | Format::W6K => {
+                cols.is_multiple_of(k::SUPER)
+            }
             Format::Blocks(block) => cols.is_multiple_of(block.cols()),
             _ => true,
         }
@@ -302,7 +314,7 @@ fn add_halves<S: Isa, const M: usize>(
 /// Runs `$body` with `$p` naming the type of a format whose panels lie in one plane.
 macro_rules! with_packed {
     ($format:expr, $p:ident => $body:expr) => {
-        with_packed!(@ $format, $p => $body; W8 w8, W8Affine w8_affine, W4 w4, W4Nl w4_nl, W4K k, W5K k, W6K k)
+        with_packed!(@ $format, $p => $body; W8 w8, W8Affine w8_affine, W4 w4, W4Nl w4_nl, W4NlK k, W4K k, W5K k, W6K k)
     };
     (@ $format:expr, $p:ident => $body:expr; $($name:ident $module:ident),*) => {
         match $format {
@@ -523,7 +535,7 @@ mod tests {
     #[test]
     fn extreme_groups_stay_finite() {
         let cols = 256;
-        for format in Format::PACKED.into_iter().filter(|f| *f != Format::W8Affine) {
+        for format in Format::encoded() {
             for fill in [0.0, 1e-30, -1e-8, 65504.0, -65504.0] {
                 let mut w = vec![fill; 16 * cols];
                 w[cols] = -fill;

@@ -4,7 +4,7 @@
 //! is taken from its block as eight words of four columns each, a code a byte, which is how panels
 //! have them: so all work is shifting and masking words.
 
-use super::ggml::{HALF, affine_scales};
+use super::ggml::{HALF, affine_scales, iq4_xs_scale, q3_k_scale};
 use super::k::{self, SUPER};
 use super::{BlockType, Format, GROUP, GROUP_STEPS, PANEL_ROWS, panel_bytes};
 use super::{w4, w8, w8_affine, w8_planes};
@@ -20,18 +20,13 @@ const STEP: usize = 4 * LANES;
 pub fn panel_format(block: BlockType) -> Format {
     match block {
         BlockType::Q4_0 => Format::W4,
-        BlockType::Q8_0 => Format::W8,
+        BlockType::Q8_0 | BlockType::Q5_0 => Format::W8,
         BlockType::Iq4Nl => Format::W4Nl,
         BlockType::Q4K => Format::W4K,
         BlockType::Q5K => Format::W5K,
-        BlockType::Q6K => Format::W6K,
-        BlockType::Q4_1
-        | BlockType::Q5_0
-        | BlockType::Q5_1
-        | BlockType::Q2K
-        | BlockType::Q3K
-        | BlockType::Iq4Xs
-        | BlockType::Mxfp4 => Format::W8Affine,
+        BlockType::Q6K | BlockType::Q3K => Format::W6K,
+        BlockType::Iq4Xs => Format::W4NlK,
+        BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q2K | BlockType::Mxfp4 => Format::W8Affine,
     }
 }
 
@@ -81,12 +76,16 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     put_nibbles(&mut codes[g % 2 * 4 * STEP..], row, &split_nibbles(&block[2..]));
                 }
             }
-            BlockType::Q8_0 => {
-                for (g, block) in blocks.enumerate() {
+            BlockType::Q8_0 | BlockType::Q5_0 => {
+                for (g, bytes) in blocks.enumerate() {
                     let out = &mut out[g / 2 * w8::BLOCK_BYTES..][..w8::BLOCK_BYTES];
                     let (scales, codes) = out.split_at_mut(w4::SCALE_BYTES);
-                    put_half(scales, g % 2 * LANES + row, block);
-                    let words: Words = std::array::from_fn(|t| word(&block[2..], t) ^ 0x8080_8080);
+                    put_half(scales, g % 2 * LANES + row, bytes);
+                    let words: Words = match block {
+                        BlockType::Q8_0 => std::array::from_fn(|t| word(&bytes[2..], t)),
+                        _ => code_words(block, bytes),
+                    };
+                    let words = words.map(|word| word ^ 0x8080_8080);
                     put_words(&mut codes[g % 2 * GROUP_STEPS * STEP..], row, words);
                 }
             }
@@ -99,6 +98,21 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
             BlockType::Q6K => {
                 for (block, out) in blocks.zip(out.chunks_exact_mut(k::W6K_BYTES)) {
                     reorder_q6_k(block, row, out);
+                }
+            }
+            BlockType::Q3K => {
+                for (block, out) in blocks.zip(out.chunks_exact_mut(k::W6K_BYTES)) {
+                    reorder_q3_k(block, row, out);
+                }
+            }
+            BlockType::Iq4Xs => {
+                for (block, out) in blocks.zip(out.chunks_exact_mut(k::W4NLK_BYTES)) {
+                    put_half(out, row, block);
+                    for g in 0..k::GROUPS {
+                        out[k::A6 + g * LANES + row] = iq4_xs_scale(block, g) as u8;
+                        let codes = &mut out[k::TABLED + g * k::NIBBLES..][..k::NIBBLES];
+                        put_nibbles(codes, row, &split_nibbles(&block[8 + 16 * g..]));
+                    }
                 }
             }
             _ => unpack(block, blocks, row, out),
@@ -172,16 +186,48 @@ fn reorder_q6_k(block: &[u8], row: usize, out: &mut [u8]) {
         // Four groups share 32 bytes of high bits, and two by two 32 bytes of nibbles.
         let (low, high) = (&nibbles[64 * (g / 4) + 32 * (g % 2)..], &pairs[32 * (g / 4)..]);
         let words: Words = std::array::from_fn(|t| word(low, t) >> (g % 4 / 2 * 4) & LOW_NIBBLES);
-        for (i, words) in words.chunks_exact(4).enumerate() {
-            let half = 2 * g + i;
-            out[k::A6 + half * LANES + row] = scales[half];
-            let (plane, codes) = out[k::SIGNED + half * k::HALF_BYTES..].split_at_mut(STEP);
-            put_nibbles(&mut codes[..k::HALF_BYTES - STEP], row, words);
-            let pair = |t: usize| word(high, 4 * i + t) >> (g % 4 * 2) & 0x0303_0303;
-            let bits = (0..4).fold(0, |bits, t| bits | pair(t) << (2 * t));
-            plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
+        let pairs: Words = std::array::from_fn(|t| word(high, t) >> (g % 4 * 2));
+        for i in 0..2 {
+            let codes = std::array::from_fn(|t| (words[4 * i + t], pairs[4 * i + t]));
+            put_half_group(out, row, 2 * g + i, scales[2 * g + i], codes);
         }
     }
+}
+
+/// Q3_K: a mask of high bits, pairs of low ones, scales in twelve bytes, d (f16). Its codes of -4 to
+/// 3 are among those of W6K.
+fn reorder_q3_k(block: &[u8], row: usize, out: &mut [u8]) {
+    put_half(out, row, &block[108..]);
+    let words: [u32; SUPER / 4] = code_words(BlockType::Q3K, block);
+    for (half, words) in words.chunks_exact(4).enumerate() {
+        // A code plus 32, in each byte: none carries into the next.
+        let codes = std::array::from_fn(|t| {
+            let code = (words[t] ^ 0x8080_8080).wrapping_sub(0x6060_6060);
+            (code, code >> 4)
+        });
+        put_half_group(out, row, half, q3_k_scale(&block[96..108], half) as u8, codes);
+    }
+}
+
+/// Puts one row's scale and codes of a half of a group into a super-block of W6K. codes: their low
+/// nibbles, and the pairs of bits above.
+fn put_half_group(out: &mut [u8], row: usize, half: usize, scale: u8, codes: [(u32, u32); 4]) {
+    out[k::A6 + half * LANES + row] = scale;
+    let (plane, nibbles) = out[k::SIGNED + half * k::HALF_BYTES..].split_at_mut(STEP);
+    put_nibbles(&mut nibbles[..k::HALF_BYTES - STEP], row, &codes.map(|(low, _)| low));
+    let pair = |t: usize| (codes[t].1 & 0x0303_0303) << (2 * t);
+    let bits = (0..4).fold(0, |bits, t| bits | pair(t));
+    plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
+}
+
+/// The codes of a block as signed bytes, four columns a word.
+fn code_words<const WORDS: usize>(block: BlockType, bytes: &[u8]) -> [u32; WORDS] {
+    let mut codes = [[0i8; 4]; WORDS];
+    let (mut scales, mut offsets) = ([0.0; SUPER / HALF], [0.0; SUPER / HALF]);
+    let halves = block.cols() / HALF;
+    let (scales, offsets) = (&mut scales[..halves], &mut offsets[..halves]);
+    block.codes(bytes, codes.as_flattened_mut(), scales, offsets);
+    codes.map(|four| u32::from_le_bytes(four.map(|code| code as u8)))
 }
 
 /// Any type, as bytes with f32 scales and offsets.

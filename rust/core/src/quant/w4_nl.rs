@@ -47,20 +47,8 @@ impl Packed for W4Nl {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks::<{ GROUP_STEPS / 2 }>();
-        let mut dots = [s.splat_i32(0); M];
-        for m in 0..M {
-            dots[m] = s.splat_i32(-S::BYTE_BIAS * x.sums[m]);
-        }
-        for t in 0..GROUP_STEPS / 2 {
-            let w = s.load_bytes(&codes[g][t]);
-            let low = s.lookup(&BYTES, s.low_nibbles(w));
-            let high = s.lookup(&BYTES, s.high_nibbles(w));
-            for m in 0..M {
-                dots[m] = s.dot_bytes(dots[m], low, s.splat_bytes(x.codes[2 * t][m]));
-                dots[m] = s.dot_bytes(dots[m], high, s.splat_bytes(x.codes[2 * t + 1][m]));
-            }
-        }
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        let dots = dots(s, &codes[g], x);
         add_scaled(s, dots, w4::scales(s, block, g), x.scales, acc);
     }
 
@@ -70,6 +58,29 @@ impl Packed for W4Nl {
         let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
         scale * f32::from(TABLE[usize::from(w4::code(block, row, col))])
     }
+}
+
+/// Exact integer dot products of a group, whose codes are in the order of W4, with M tokens.
+#[inline(always)]
+pub(super) fn dots<S: Isa, const M: usize>(
+    s: S,
+    codes: &[[u8; 4 * LANES]; GROUP_STEPS / 2],
+    x: Group<'_, M>,
+) -> [S::I; M] {
+    let mut dots = [s.splat_i32(0); M];
+    for m in 0..M {
+        dots[m] = s.splat_i32(-S::BYTE_BIAS * x.sums[m]);
+    }
+    for t in 0..GROUP_STEPS / 2 {
+        let w = s.load_bytes(&codes[t]);
+        let low = s.lookup(&BYTES, s.low_nibbles(w));
+        let high = s.lookup(&BYTES, s.high_nibbles(w));
+        for m in 0..M {
+            dots[m] = s.dot_bytes(dots[m], low, s.splat_bytes(x.codes[2 * t][m]));
+            dots[m] = s.dot_bytes(dots[m], high, s.splat_bytes(x.codes[2 * t + 1][m]));
+        }
+    }
+    dots
 }
 
 impl Encode for W4Nl {
