@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import qdelta
+from qdelta import _native
+from qdelta.source import locate
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,41 @@ def test_default_threads_and_omp_num_threads():
     assert default_threads(omp="1") == default_threads(omp="1,8") == 1
     for omp in ("1000000", "0", "-1", "many"):
         assert default_threads(omp=omp) == machine, omp
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("work", ["convert", "export_gguf"])
+def test_conversions_have_the_threads_of_models(work):
+    """One by OMP_NUM_THREADS here, or as many as are given."""
+    how = "None, quant='w8', attachments=[]"
+    if work == "export_gguf":
+        how = "out, dtype='F32', metadata=[]"
+    code = f"""if True:
+        import os, tempfile
+        from qdelta import _native
+        from qdelta.source import locate
+        checkpoint = _native.Checkpoint(str(locate("demo")))
+        tasks = lambda: len(os.listdir("/proc/self/task"))
+        for threads in (None, 3):
+            before, seen = tasks(), []
+            progress = lambda done, total: seen.append(tasks() - before)
+            with tempfile.TemporaryDirectory() as folder:
+                out = folder + "/out.gguf"
+                _native.{work}(checkpoint, {how}, threads=threads, progress=progress)
+            print(max(seen))"""
+    command, environment = [sys.executable, "-c", code], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert done.stdout.split() == [b"1", b"3"]
+
+
+@pytest.mark.parametrize("threads", [0, 1025, 2**60])
+def test_conversions_refuse_other_numbers_of_threads(threads, tmp_path):
+    checkpoint = _native.Checkpoint(str(locate("demo")))
+    with pytest.raises(qdelta.ArgumentError, match="expected 1 to 1024"):
+        _native.convert(checkpoint, None, quant="w8", attachments=[], threads=threads)
+    with pytest.raises(qdelta.ArgumentError, match="expected 1 to 1024"):
+        out = str(tmp_path / "out.gguf")
+        _native.export_gguf(checkpoint, out, dtype="F32", metadata=[], threads=threads)
 
 
 def test_threads_given_are_threads_had(monkeypatch):

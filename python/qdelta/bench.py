@@ -366,6 +366,6 @@ def load_file(
     """The model at `path`, without its tokenizer, and its config."""
     from . import weights
 
-    checkpoint = weights.open_model(os.fspath(path), quant, cache, progress)
+    checkpoint = weights.open_model(os.fspath(path), quant, cache, progress, threads=threads)
     model = _native.Model(checkpoint, threads=threads, kv=kv, isa=isa)
     return model, json.loads(checkpoint.config_json)

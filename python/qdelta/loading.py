@@ -135,7 +135,7 @@ def _load(
         ) as source:
             source.native_plan(quant=source.resolve_quant(quant), **core)
     path = locate(model, revision=revision, offline=offline, cache=cache or None, progress=progress)
-    checkpoint = weights.open_model(path, quant, cache, progress)
+    checkpoint = weights.open_model(path, quant, cache, progress, threads=threads)
     files = tokenizer_files(path, checkpoint)
     native = _native.Model(checkpoint, isa=isa, **core)
     return Model(

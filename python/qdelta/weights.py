@@ -50,7 +50,7 @@ def open_model(
     quant: one of QUANTS; "auto" is what a converted or quantised GGUF file already is, the file's
     own weights for models under 64 MB, and balanced otherwise. cache: folder for converted
     files; False: convert into memory, each time. progress: show a bar while converting; None: on a
-    terminal. threads: for the conversion; None: all.
+    terminal. threads: for the conversion, as of `load`.
 
     Raises FileError, UnsupportedError, FileAccessError, or ArgumentError for an unknown quant.
     """

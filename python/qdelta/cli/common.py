@@ -33,6 +33,10 @@ revision_option = click.option(
     "--revision", metavar="R", help="Branch, tag or commit on the hub; default: main."
 )
 
+threads_option = click.option(
+    "-t", "--threads", type=click.IntRange(1, 1024), help="Threads; default: one per core."
+)
+
 _LOADING = (
     revision_option,
     click.option(
@@ -45,9 +49,7 @@ _LOADING = (
     ),
     click.option("--ctx", type=click.IntRange(min=1), help="Tokens a conversation can hold."),
     yarn_option,
-    click.option(
-        "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: one per core."
-    ),
+    threads_option,
     click.option(
         "--kv",
         type=click.Choice(["auto", "f16", "f32", "q8"]),

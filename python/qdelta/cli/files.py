@@ -10,7 +10,14 @@ import click
 
 from ..errors import ArgumentError
 from ..memory import size_text
-from .common import read_text, reading, revision_option, table_console, yarn_option
+from .common import (
+    read_text,
+    reading,
+    revision_option,
+    table_console,
+    threads_option,
+    yarn_option,
+)
 
 # Matrices that `convert --calibrate` tells the losses of.
 _SHOWN_LOSSES = 5
@@ -51,9 +58,7 @@ _SHOWN_LOSSES = 5
     "Q8_0.",
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
-@click.option(
-    "-t", "--threads", type=click.IntRange(min=1), help="Threads; default: all processors."
-)
+@threads_option
 @click.option("--offline", is_flag=True, help="Touch no network.")
 def convert(
     model_name: str,

@@ -16,6 +16,7 @@ from .common import (
     loading_options,
     read_text,
     sampling_options,
+    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ DEMO_TOKENS = 200
 @click.command()
 @click.argument("prompt", default=DEMO_PROMPT)
 @sampling_options
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads; default: one per core.")
+@threads_option
 @click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
 def demo(prompt: str, threads: int | None, isa: str | None, **options: Any) -> None:
     """Tell a story with the toy model inside the package.

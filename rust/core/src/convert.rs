@@ -44,7 +44,7 @@ pub struct Job<'a> {
     pub importance: HashMap<String, Vec<f32>>,
     /// Files that travel along, by the name under which they are found again.
     pub attachments: &'a [(String, Attachment)],
-    /// 1 to 1024, or rayon's own choice if None.
+    /// 1 to 1024; [`threads::default_threads`] if None.
     pub threads: Option<usize>,
 }
 
@@ -56,7 +56,7 @@ pub enum Attachment {
 }
 
 impl<'a> Job<'a> {
-    /// Without attachments, with all threads.
+    /// Without attachments, with the default number of threads.
     pub fn new(source: &'a Checkpoint, quant: Quant) -> Job<'a> {
         Job {
             source,
@@ -120,7 +120,7 @@ impl<'a> Job<'a> {
             sources: source.sources().to_vec(),
         };
         let layout = info.layout(&items);
-        let pool = self.threads.map(thread_pool).transpose()?;
+        let pool = threads::workers(self.threads)?;
         let total = layout.data_bytes as u64;
         let hasher = blake3::Hasher::new();
         let mut writer = Writer { sink, hasher, done: 0, total, progress };
@@ -132,7 +132,7 @@ impl<'a> Job<'a> {
                 Part::Coded { spec, tensor, format } => {
                     let importance = self.importance.get(&spec.name).map(Vec::as_slice);
                     let target = Target { format: *format, importance };
-                    write_coded(&mut writer, source, (spec, tensor), target, pool.as_ref())?;
+                    write_coded(&mut writer, source, (spec, tensor), target, &pool)?;
                 }
                 Part::Floats { name } => {
                     let values = source.floats(name)?;
@@ -222,11 +222,6 @@ enum Part<'a> {
     File(&'a Attachment),
 }
 
-pub(crate) fn thread_pool(threads: usize) -> Result<ThreadPool> {
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads::checked(threads)?);
-    builder.build().map_err(|e| Error::Internal(format!("no threads: {e}")))
-}
-
 /// What a matrix becomes.
 struct Target<'a> {
     format: Format,
@@ -239,7 +234,7 @@ fn write_coded<S: Sink>(
     source: &Checkpoint,
     (spec, tensor): (&TensorSpec, &Tensor),
     Target { format, importance }: Target<'_>,
-    pool: Option<&ThreadPool>,
+    pool: &ThreadPool,
 ) -> Result<()> {
     let (rows, cols) = spec.rows_cols();
     let from = tensor.dtype.format().ok_or_else(|| unbound(spec, tensor))?;
@@ -285,16 +280,12 @@ fn write_coded<S: Sink>(
                 out.copy_from_slice(&panel[plane.clone()]);
                 fits
             };
-            let mut code_all = || {
+            let code_all = || {
                 let init = || (Vec::new(), vec![0; panel_bytes(format, cols)]);
                 let panels = slab.par_chunks_exact_mut(plane.len()).enumerate();
                 panels.map_init(init, code).all(|fits| fits)
             };
-            let all_fit = match pool {
-                Some(pool) => pool.install(code_all),
-                None => code_all(),
-            };
-            if !all_fit {
+            if !pool.install(code_all) {
                 check_rows(source, spec, tensor, LARGEST)?;
                 return Err(Error::Internal(format!(
                     "tensor `{}` does not fit its format",

@@ -1,6 +1,6 @@
 //! Writes a checkpoint as a GGUF file that llama.cpp reads.
 
-use crate::convert::{FileSink, Progress, Sink, Temporary, thread_pool};
+use crate::convert::{FileSink, Progress, Sink, Temporary};
 use crate::error::{Error, Result};
 use crate::files::Convention;
 use crate::files::gguf_write::{ALIGNMENT, Entry, TensorInfo, header};
@@ -11,6 +11,7 @@ use crate::model::gguf;
 use crate::model::tensors::{Role, TensorSpec};
 use crate::quant::BlockType;
 use crate::tensor::{Dtype, Tensor, widen};
+use crate::threads;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::fs;
@@ -24,9 +25,9 @@ const SLAB_VALUES: usize = 4 << 20;
 ///
 /// dtype: of the matrices, BF16, F16, F32, Q8_0 or Q4_0. In a Q4_0 file embedding, head, decay and
 /// write strength are Q8_0; rows that are no multiple of 32 are F16. Other tensors are F32. entries:
-/// metadata beside that of the architecture, like the tokenizer's. threads: 1 to 1024, or rayon's
-/// own choice. The file appears at `out`, which must be free, only when it is whole; if `progress`
-/// returns false, the result is [`Error::Interrupted`].
+/// metadata beside that of the architecture, like the tokenizer's. threads: 1 to 1024, or
+/// [`threads::default_threads`]. The file appears at `out`, which must be free, only when it is
+/// whole; if `progress` returns false, the result is [`Error::Interrupted`].
 pub fn to_gguf(
     source: &Checkpoint,
     dtype: Dtype,
@@ -36,7 +37,7 @@ pub fn to_gguf(
     progress: &mut Progress,
 ) -> Result<()> {
     let file_type = file_type(dtype)?;
-    let pool = threads.map(thread_pool).transpose()?;
+    let pool = threads::workers(threads)?;
     if fs::symlink_metadata(out).is_ok() {
         return Err(Error::Argument(format!("{}: exists, expected a free name", out.display())));
     }
@@ -67,10 +68,7 @@ pub fn to_gguf(
     for (part, info) in parts.iter().zip(&infos) {
         let mut written = 0;
         for rows in part.slabs() {
-            let bytes = match &pool {
-                Some(pool) => pool.install(|| part.bytes(rows))?,
-                None => part.bytes(rows)?,
-            };
+            let bytes = pool.install(|| part.bytes(rows))?;
             sink.write(&bytes)?;
             written += bytes.len();
             step(bytes.len())?;

@@ -6,6 +6,7 @@ use crate::model::recipe::Storage;
 use crate::model::tensors::TensorSpec;
 use crate::quant::{Format, PANEL_ROWS, decode_row, encode_panel};
 use crate::tensor::{Tensor, widen};
+use crate::threads;
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -56,7 +57,7 @@ pub fn losses(
             error: error(spec, tensor, format, importance),
         }
     };
-    let losses = jobs.into_par_iter().map(loss).collect();
+    let losses = threads::workers(None)?.install(|| jobs.into_par_iter().map(loss).collect());
     source.check_unchanged()?;
     Ok(losses)
 }

@@ -7,6 +7,7 @@
 //! it). `OMP_NUM_THREADS` can lower the number further.
 
 use crate::error::{Error, Result};
+use rayon::ThreadPool;
 use std::num::NonZero;
 
 /// Nobody has more cores; each thread costs memory.
@@ -27,6 +28,14 @@ pub fn default_threads() -> usize {
     let cores = physical_cores().unwrap_or(cpus);
     let asked = std::env::var("OMP_NUM_THREADS").ok().and_then(|text| first_count(&text));
     cpus.min(cores).min(asked.unwrap_or(MOST_THREADS)).clamp(1, MOST_THREADS)
+}
+
+/// Threads for work that belongs to no model, as a conversion: `threads`, or the number where the
+/// caller gives none.
+pub(crate) fn workers(threads: Option<usize>) -> Result<ThreadPool> {
+    let threads = checked(threads.unwrap_or_else(default_threads))?;
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    builder.build().map_err(|e| Error::Internal(format!("no threads: {e}")))
 }
 
 /// The first number of a list as "4,2", for the nested regions of OpenMP. Anything else than a

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::quant::{Format, Quant, planes};
 use crate::random::Random;
 use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor};
+use crate::threads;
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -28,7 +29,8 @@ impl Synthetic {
             let storage = recipe::storage(quant, &HashMap::new(), spec, Dtype::Bf16)?;
             Ok((storage.name(spec), random_tensor(spec, storage, seed)?))
         });
-        Ok(Synthetic { tensors: tensors.collect::<Result<_>>()? })
+        let tensors = threads::workers(None)?.install(|| tensors.collect::<Result<_>>())?;
+        Ok(Synthetic { tensors })
     }
 }
 
