@@ -392,6 +392,17 @@ def test_synthetic_models(monkeypatch: pytest.MonkeyPatch):
     assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(4, 0), (0, 2)]
     assert rows[0]["quant"] == "balanced" and rows[0]["model_filename"] == "synthetic 0.8B"
     assert rows[1]["gb_per_s"] > 0 == rows[0]["gb_per_s"]
+    assert all(row["head"] == "full" and row["yarn"] is None for row in rows)
+    # The context of the config is extended, and the head is that which was asked for.
+    small["max_position_embeddings"] = 64
+    args += ["-d", "100", "--quant", "w4", "--head", "screened"]
+    assert isinstance(CliRunner().invoke(cli, args).exception, qdelta.ContextError)
+    result = CliRunner().invoke(cli, [*args, "--yarn", "4"])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.output.splitlines()]
+    assert all(row["head"] == "screened" and row["yarn"] == 4 for row in rows)
+    result = CliRunner().invoke(cli, ["bench", "demo", *args[3:], "--yarn", "0.5"])
+    assert isinstance(result.exception, qdelta.ArgumentError)
 
 
 # --------------------------------------------------------------------------- errors and signals

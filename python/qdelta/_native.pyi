@@ -144,6 +144,7 @@ class Model:
         quant: str,
         seed: int = 0,
         context: int | None = None,
+        yarn: float | None = None,
         threads: int | None = None,
         kv: str = "auto",
         isa: str | None = None,
@@ -189,7 +190,7 @@ class Model:
 
     @property
     def head_bytes(self) -> int:
-        """Those of `weight_bytes` that the head reads."""
+        """Those of `weight_bytes` that the head reads; a screened one reads one of its planes."""
 
     @property
     def memory_held(self) -> int:

@@ -80,6 +80,8 @@ class Row:
     limits: dict[str, float] | None = None  # see `measure_limits`; medians over samples
     profile: dict[str, Part] | None = None  # see `profiling`; where the time of a stream goes
     against: PeerResult | None = None  # another program at the same test
+    head: str = "full"  # or "screened"
+    yarn: float | None = None  # factor by which the context is extended
 
     @property
     def test(self) -> str:
@@ -136,10 +138,19 @@ class Trial:
         began = time.perf_counter_ns()
         if self.test.n_prompt:
             feed_prompt(session, self.tokens)
+            self._screen(session)
         else:
             for i in range(self.test.n_gen):
                 session.feed(self.tokens[i : i + 1], "last")
+                self._screen(session)
         return time.perf_counter_ns() - began
+
+    def _screen(self, session: _native.Session) -> None:
+        """Ask for candidates, as many as the model cards' sampling does: a screened head does
+        nothing before, a full one is done."""
+        if self.model.head == "screened":
+            none = np.empty(0, np.int32), np.empty(0, np.float32)
+            session.candidates(20, limit=self.model.vocab_size, ids=none[0], values=none[1])
 
 
 def run(
@@ -283,7 +294,8 @@ def _row(
         cpu_info=cpu_name(),
         backends="CPU",
         model_filename=filename,
-        model_type=f"qwen35 {name_of(config)} {model.quant}",
+        model_type=f"qwen35 {name_of(config)} {model.quant}"
+        + (" screened" if model.head == "screened" else ""),
         model_size=model.weight_bytes,
         model_n_params=parameters(config),
         n_batch=512,
@@ -311,6 +323,8 @@ def _row(
         limits={name: statistics.median(each[name] for each in limits) for name in limits[0]}
         if limits
         else None,
+        head=model.head,
+        yarn=model.yarn,
     )
 
 
@@ -337,9 +351,12 @@ def peak_rss() -> int | None:
 
 
 def load_synthetic(
-    size: str, *, quant: str, threads: int | None = None, kv: str = "auto", isa: str | None = None
+    size: str, *, quant: str, **settings: Any
 ) -> tuple[_native.Model, dict[str, Any]]:
-    """A model of a released size with random weights, and its config."""
+    """A model of a released size with random weights, and its config.
+
+    settings: as for `_native.Model.synthetic`.
+    """
     from .sizes import SIZES
 
     if size not in SIZES:
@@ -347,9 +364,7 @@ def load_synthetic(
     if quant == "auto":
         quant = "balanced"
     config = SIZES[size]
-    model = _native.Model.synthetic(
-        json.dumps(config), quant=quant, threads=threads, kv=kv, isa=isa
-    )
+    model = _native.Model.synthetic(json.dumps(config), quant=quant, **settings)
     return model, config
 
 
@@ -360,12 +375,14 @@ def load_file(
     cache: str | None = None,
     progress: bool | None = None,
     threads: int | None = None,
-    kv: str = "auto",
-    isa: str | None = None,
+    **settings: Any,
 ) -> tuple[_native.Model, dict[str, Any]]:
-    """The model at `path`, without its tokenizer, and its config."""
+    """The model at `path`, without its tokenizer, and its config.
+
+    threads, settings: as for `_native.Model`.
+    """
     from . import weights
 
     checkpoint = weights.open_model(os.fspath(path), quant, cache, progress, threads=threads)
-    model = _native.Model(checkpoint, threads=threads, kv=kv, isa=isa)
+    model = _native.Model(checkpoint, threads=threads, **settings)
     return model, json.loads(checkpoint.config_json)

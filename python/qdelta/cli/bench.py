@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import QUANTS, revision_option
+from .common import QUANTS, head_option, revision_option, yarn_option
 
 if TYPE_CHECKING:
     from ..bench import Row
@@ -82,6 +82,8 @@ def counts(text: str) -> list[int]:
 @click.option("--quant", type=click.Choice(QUANTS), default="auto", show_default=True)
 @click.option("--kv", type=click.Choice(["auto", "f16", "f32", "q8"]), default="auto")
 @click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
+@head_option
+@yarn_option
 @click.option("--limits", is_flag=True, help="Set results against what the machine could do.")
 @click.option("--profile", is_flag=True, help="Tell where the time goes, part by part.")
 @click.option(
@@ -117,6 +119,8 @@ def bench(
     quant: str,
     kv: str,
     isa: str | None,
+    head: str,
+    yarn: float | None,
     limits: bool,
     profile: bool,
     against: str | None,
@@ -139,7 +143,8 @@ def bench(
     --limits measures memory and arithmetic of the machine before each sample, and shows the rate
     as a part of what they allow. --profile runs each test as the stream a user gets, and shows
     which part of the model, the sampler or Python the time goes to. With --against the samples of
-    both programs alternate, and the ratio is the median over pairs.
+    both programs alternate, and the ratio is the median over pairs. A screened head
+    is asked for 20 candidates after each step, a full one gives all logits.
 
     \b
       qdelta bench --synthetic 0.8B --limits --profile
@@ -189,6 +194,7 @@ def bench(
     path = None
     if model_name is not None:
         path = locate(model_name, revision=revision, offline=offline, cache=cache, progress=None)
+    settings: dict[str, Any] = {"kv": kv, "isa": isa, "head": head, "yarn": yarn}
     reports: dict[str, Report] = {
         "md": Markdown(limits=limits), "json": Json(), "jsonl": JsonLines(), "csv": Csv(),
     }  # fmt: skip
@@ -197,12 +203,12 @@ def bench(
         for count in thread_counts:
             if synthetic:
                 model, config = benchmark.load_synthetic(
-                    synthetic, quant=quant, threads=count, kv=kv, isa=isa
+                    synthetic, quant=quant, threads=count, **settings
                 )
             else:
                 assert path is not None
                 model, config = benchmark.load_file(
-                    path, quant=quant, cache=cache, threads=count, kv=kv, isa=isa
+                    path, quant=quant, cache=cache, threads=count, **settings
                 )
             for case in cases:
                 bar.describe(f"{case.name} -t {model.threads}")

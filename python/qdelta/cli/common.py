@@ -37,6 +37,14 @@ threads_option = click.option(
     "-t", "--threads", type=click.IntRange(1, 1024), help="Threads; default: one per core."
 )
 
+head_option = click.option(
+    "--head",
+    type=click.Choice(["full", "screened"]),
+    default="full",
+    show_default=True,
+    help="screened: find the likeliest tokens with half of the head's bytes; see `eval`.",
+)
+
 _LOADING = (
     revision_option,
     click.option(
@@ -58,13 +66,7 @@ _LOADING = (
         help="Precision of the attention cache.",
     ),
     click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best."),
-    click.option(
-        "--head",
-        type=click.Choice(["full", "screened"]),
-        default="full",
-        show_default=True,
-        help="screened: find the likeliest tokens with half of the head's bytes; see `eval`.",
-    ),
+    head_option,
     click.option(
         "--memory-limit",
         metavar="SIZE",

@@ -71,7 +71,7 @@ impl Model {
 
     /// A model of the config's shape with random weights.
     #[staticmethod]
-    #[pyo3(signature = (config_json, *, quant, seed=0, context=None, threads=None, kv="auto", isa=None, head="full", memory_limit=None))]
+    #[pyo3(signature = (config_json, *, quant, seed=0, context=None, yarn=None, threads=None, kv="auto", isa=None, head="full", memory_limit=None))]
     #[allow(clippy::too_many_arguments)]
     fn synthetic(
         py: Python<'_>,
@@ -79,13 +79,14 @@ impl Model {
         quant: &str,
         seed: u64,
         context: Option<usize>,
+        yarn: Option<f64>,
         threads: Option<usize>,
         kv: &str,
         isa: Option<&str>,
         head: &str,
         memory_limit: Option<usize>,
     ) -> PyResult<Model> {
-        let options = options(context, None, threads, kv, isa, head, memory_limit)
+        let options = options(context, yarn, threads, kv, isa, head, memory_limit)
             .map_err(|error| exception(py, error))?;
         let inner = detached(py, || {
             let quant = quant.parse()?;

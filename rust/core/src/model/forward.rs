@@ -12,10 +12,10 @@ use crate::layers::Context;
 use crate::layers::attention::Positions;
 use crate::layers::block::Scratch;
 use crate::layers::head::{self, Head, Screened};
-use crate::layers::linear::{Input, project};
+use crate::layers::linear::{Input, Matrix, project};
 use crate::pool::Pool;
 use crate::profile::{Part, Profile};
-use crate::quant::Quant;
+use crate::quant::{PANEL_ROWS, Quant, planes};
 use crate::simd::Cpu;
 use crate::state::{KvFormat, State};
 use crate::tensor::resize;
@@ -153,12 +153,20 @@ impl Model {
 
     /// Bytes of weights that a decoded token reads.
     pub fn weight_bytes(&self) -> usize {
-        self.weights.matrices().map(|m| m.bytes.len()).sum()
+        let all: usize = self.weights.matrices().map(|m| m.bytes.len()).sum();
+        all - self.weights.lm_head.bytes.len() + self.head_bytes()
     }
 
-    /// Those of them that the head reads.
+    /// Those of them that the head reads; if it is screened, for the estimates of all rows.
     pub fn head_bytes(&self) -> usize {
-        self.weights.lm_head.bytes.len()
+        let Matrix { format, rows, cols, ref bytes } = self.weights.lm_head;
+        match self.head {
+            Head::Full => bytes.len(),
+            Head::Screened => {
+                let high = planes(format, cols).next().expect("a format has a plane");
+                rows.div_ceil(PANEL_ROWS) * high.len()
+            }
+        }
     }
 
     /// Runs at most [`PIECE`] tokens and leaves the wanted rows of the last hidden state in `head`,
