@@ -422,6 +422,8 @@ def test_errors_are_one_line(tmp_path: Path, model: Path):
     (tmp_path / "file").write_text("")
     options = ("--quant", "w8", "--cache", tmp_path / "file" / "x")
     assert "QDELTA_CACHE" in fails("run", model, "Hi", *options)
+    # What would steer the terminal is shown, not sent.
+    assert r"a\x1b[2J.gguf: No such file" in fails("inspect", tmp_path / "a\x1b[2J.gguf")
 
 
 def test_wrong_usage():

@@ -23,6 +23,38 @@ def test_untouched_checkpoints_open(folder, sharded):
     open_model(sharded)
 
 
+# ---------------------------------------------------------------------- length of messages
+
+LONG = "\x1b[2J\u202e" + "n" * 100_000
+
+
+@pytest.mark.parametrize("where", ["dtype", "shard", "index", "unlisted", "hole", "value", "type"])
+def test_messages_are_short_and_plain(folder, sharded, where):
+    """Whatever a file calls its tensors and values."""
+    if where in ("value", "type"):
+        edit_config(folder, **{"hidden_act" if where == "value" else "model_type": LONG})
+    elif where in ("shard", "index", "unlisted"):
+        folder, index = sharded, json.loads((sharded / INDEX).read_text())
+        names = {
+            "shard": {NAME: LONG},
+            "index": {LONG: "../x"},
+            "unlisted": {LONG: index["weight_map"][NAME]},
+        }
+        index["weight_map"] |= names[where]
+        (folder / INDEX).write_text(json.dumps(index))
+    else:
+        path = only_file(folder)
+        container = Container.read(path)
+        header = container.header()
+        if where == "dtype":
+            header[NAME]["dtype"] = LONG
+        else:
+            header[LONG] = header[NAME]
+        container.write(path, header)
+    message = refuses(folder)
+    assert len(message) < 1500 and message.isprintable(), message[:2000]
+
+
 # ------------------------------------------------------------------- tensors of the model
 
 WRONG = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -86,7 +87,7 @@ def _parse(value: dict[str, object]) -> Manifest:
     value = dict(value)
     version = value.pop("format")
     if version != FORMAT:
-        raise ValueError(f"format is {version!r}, this program reads {FORMAT}")
+        raise ValueError(f"format is {reprlib.repr(version)}, this program reads {FORMAT}")
     listed = value.pop("files")
     if not isinstance(listed, list):
         raise ValueError("`files` is not a list")
@@ -99,14 +100,16 @@ def _parse(value: dict[str, object]) -> Manifest:
     for file in files:
         plain = isinstance(file.name, str) and _PLAIN.fullmatch(file.name)
         if not plain or file.name in (".", "..", MANIFEST):
-            raise ValueError(f"file name {file.name!r}")
+            raise ValueError(f"file name {reprlib.repr(file.name)}")
         if type(file.bytes) is not int or not re.fullmatch("[0-9a-f]{64}", file.sha256):
-            raise ValueError(f"bytes or hash of {file.name!r}")
+            raise ValueError(f"bytes or hash of {reprlib.repr(file.name)}")
     names = [file.name for file in files]
     if len(set(names)) != len(names):
         raise ValueError("a file is listed twice")
     if manifest.model not in (".", *names):
-        raise ValueError(f"`model` is {manifest.model!r}, which is not in the list of files")
+        raise ValueError(
+            f"`model` is {reprlib.repr(manifest.model)}, which is not in the list of files"
+        )
     return manifest
 
 

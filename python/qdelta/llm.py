@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -349,6 +350,6 @@ def _stop_ids(
         stated = source.get("eos_token_id")
         for id in stated if isinstance(stated, list) else [stated]:
             if id is not None and (isinstance(id, bool) or not isinstance(id, int)):
-                raise FileError(f"{name}: eos_token_id {id!r} is not a token id")
+                raise FileError(f"{name}: eos_token_id {reprlib.repr(id)} is not a token id")
             found.append(id)
     return frozenset(id for id in found if id is not None)

@@ -17,6 +17,7 @@ take rows of a multiple of 256 columns; of several formats the first that fits i
 from __future__ import annotations
 
 import fnmatch
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,12 +56,14 @@ def read(path: str | Path) -> list[Rule]:
             continue
         place = f"{path}:{number}"
         if len(words) != 2:
-            raise FileError(f"{place}: expected a pattern and a format, found {line.strip()!r}")
+            raise FileError(
+                f"{place}: expected a pattern and a format, found {reprlib.repr(line.strip())}"
+            )
         pattern, formats = words[0], words[1].split("|")
         for format in formats:
             if format not in FORMATS:
                 raise FileError(
-                    f"{place}: format {format!r}, expected one of: {', '.join(FORMATS)}"
+                    f"{place}: format {reprlib.repr(format)}, expected one of: {', '.join(FORMATS)}"
                 )
         rules.append(Rule(place, pattern, formats))
     return rules
@@ -89,7 +92,7 @@ def formats(rules: list[Rule], source: _native.Checkpoint) -> dict[str, str]:
     for rule in rules:
         if rule.place not in matched:
             raise FileError(
-                f"{rule.place}: {rule.pattern!r} matches no matrix, or an earlier line "
+                f"{rule.place}: {reprlib.repr(rule.pattern)} matches no matrix, or an earlier line "
                 "takes all that it matches"
             )
     return chosen

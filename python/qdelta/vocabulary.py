@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,8 @@ def build(files: Mapping[str, bytes]) -> Vocabulary:
         known = added.setdefault(token.id, token)
         if known.text != token.text:
             raise FileError(
-                f"tokenizer_config.json: added token {token.id} is {token.text!r}, "
-                f"in tokenizer.json it is {known.text!r}"
+                f"tokenizer_config.json: added token {token.id} is {reprlib.repr(token.text)}, "
+                f"in tokenizer.json it is {reprlib.repr(known.text)}"
             )
     texts = [token.text for token in added.values()]
     if len(set(texts)) != len(texts):
@@ -156,7 +157,8 @@ def _from_vocab_and_merges(
     vocab = parse_json(files, "vocab.json")
     for text, id in vocab.items():
         if type(id) is not int or not 0 <= id < 2**31:
-            raise FileError(f"vocab.json: entry {text!r} has the id {id!r}")
+            entry, found = reprlib.repr(text), reprlib.repr(id)
+            raise FileError(f"vocab.json: entry {entry} has the id {found}")
     try:
         lines = files["merges.txt"].decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
@@ -190,7 +192,7 @@ def library_call(file_name: str, call: Callable[[], _T]) -> _T:
         return call()
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise FileError(f"{file_name}: not a usable tokenizer: {error}") from error
+            raise FileError(f"{file_name}: not a usable tokenizer: {str(error)[:300]}") from error
         raise
 
 
@@ -203,7 +205,8 @@ def _added_in_config(config: Mapping[str, Any]) -> Iterator[AddedToken]:
         text: Any = entry.get("content") if isinstance(entry, dict) else None
         usable = re.fullmatch("[0-9]{1,9}", key) and isinstance(text, str) and text
         if not usable or re.search("[\ud800-\udfff]", text):
-            raise FileError(f"{file_name}: added_tokens_decoder entry {key!r} is malformed")
+            found = reprlib.repr(key)
+            raise FileError(f"{file_name}: added_tokens_decoder entry {found} is malformed")
         flags = [bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "single_word")]
         _check_exact(file_name, text, *flags)
         yield AddedToken(int(key), text, bool(entry.get("special")))
@@ -212,7 +215,7 @@ def _added_in_config(config: Mapping[str, Any]) -> Iterator[AddedToken]:
 def _check_exact(file_name: str, text: str, lstrip: bool, rstrip: bool, single_word: bool) -> None:
     if lstrip or rstrip or single_word:
         raise UnsupportedError(
-            f"{file_name}: added token {text!r} sets lstrip, rstrip or single_word; "
+            f"{file_name}: added token {reprlib.repr(text)} sets lstrip, rstrip or single_word; "
             "only exact matching is supported"
         )
 

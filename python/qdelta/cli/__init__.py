@@ -76,8 +76,12 @@ def _drop_output() -> None:
 
 
 def _line(error: Error | OSError) -> str:
-    """An error on one line, without the numbers that programs look for."""
+    """An error on one line, without the numbers that programs look for.
+
+    Names may hold characters that steer a terminal; these are escaped.
+    """
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        reason = re.sub(r" \(os error \d+\)$", "", error.strerror)
-        return f"{error.filename}: {reason}" if error.filename else reason
-    return " ".join(str(error).split())
+        text = re.sub(r" \(os error \d+\)$", "", error.strerror)
+        text = f"{error.filename}: {text}" if error.filename else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

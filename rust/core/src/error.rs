@@ -44,6 +44,33 @@ impl Error {
     }
 }
 
+/// What a file says, for messages: at a length and with characters that the file does not choose.
+pub(crate) fn short(text: &str) -> String {
+    const MOST: usize = 200;
+    let mut shown = String::new();
+    for c in text.chars() {
+        if shown.len() > MOST {
+            shown.push('…');
+            break;
+        }
+        match c {
+            '"' | '\'' | '\\' => shown.push(c),
+            _ => shown.extend(c.escape_debug()),
+        }
+    }
+    shown
+}
+
+/// Why JSON could not be read, which may quote it.
+pub(crate) fn json_text(error: &serde_json::Error) -> String {
+    const MOST: usize = 600; // a list of all dtypes that are known
+    let text = error.to_string();
+    if text.len() <= MOST && !text.contains(char::is_control) {
+        return text;
+    }
+    format!("{} at line {} column {}", short(&text), error.line(), error.column())
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

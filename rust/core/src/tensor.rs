@@ -1,6 +1,6 @@
 //! Dtypes, shapes, and bytes that keep their owner alive.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 use crate::quant::{BlockType, Format};
 use half::{bf16, f16};
 use std::fmt;
@@ -47,7 +47,8 @@ impl Dtype {
             "float16" => Ok(Dtype::F16),
             "float32" => Ok(Dtype::F32),
             _ => Err(Error::Unsupported(format!(
-                "config.json: `dtype` is \"{name}\", expected bfloat16, float16 or float32"
+                "config.json: `dtype` is \"{}\", expected bfloat16, float16 or float32",
+                short(name)
             ))),
         }
     }

@@ -16,7 +16,7 @@
 use super::mmap::Mapping;
 use super::safetensors::read_header;
 use super::{Convention, SourceFile, file_name};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, json_text, short};
 use crate::quant::Quant;
 use crate::tensor::Dtype;
 use std::collections::BTreeMap;
@@ -106,28 +106,31 @@ impl Info {
         let version = get("qdelta.version")?;
         if version != VERSION {
             return Err(Error::Unsupported(format!(
-                "{file}: `qdelta.version` is {version:?}, this program reads {VERSION:?}; convert \
-                 the checkpoint again"
+                "{file}: `qdelta.version` is \"{}\", this program reads {VERSION:?}; convert \
+                 the checkpoint again",
+                short(version)
             )));
         }
         let quant = match get("qdelta.quant")?.parse() {
             Ok(quant) if quant != Quant::None => quant,
             _ => {
                 return Err(Error::File(format!(
-                    "{file}: `qdelta.quant` is {:?}, expected \"w4\", \"w8\" or another recipe",
-                    metadata["qdelta.quant"]
+                    "{file}: `qdelta.quant` is \"{}\", expected \"w4\", \"w8\" or another recipe",
+                    short(&metadata["qdelta.quant"])
                 )));
             }
         };
         let convention = get("qdelta.convention")?;
         let convention = Convention::named(convention).ok_or_else(|| {
             Error::File(format!(
-                "{file}: `qdelta.convention` is {convention:?}, expected \"transformers\" or \
-                 \"gguf\""
+                "{file}: `qdelta.convention` is \"{}\", expected \"transformers\" or \"gguf\"",
+                short(convention)
             ))
         })?;
         let sources: Vec<(String, u64, u64)> = serde_json::from_str(get("qdelta.sources")?)
-            .map_err(|e| Error::File(format!("{file}: `qdelta.sources` is not valid: {e}")))?;
+            .map_err(|e| {
+                Error::File(format!("{file}: `qdelta.sources` is not valid: {}", json_text(&e)))
+            })?;
         Ok(Info {
             quant,
             convention,

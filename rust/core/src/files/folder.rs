@@ -3,7 +3,7 @@
 use super::mmap::Mapping;
 use super::safetensors::read_header;
 use super::{FileTensor, SourceFile, container, file_name, read_text};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, json_text, short};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -78,7 +78,8 @@ impl Folder {
             missing.sort();
             if let Some((name, shard)) = missing.first() {
                 return Err(Error::File(format!(
-                    "{shard}: tensor `{name}` is missing, {} says it is there",
+                    "{shard}: tensor `{}` is missing, {} says it is there",
+                    short(name),
                     index.name
                 )));
             }
@@ -154,8 +155,8 @@ fn find_index(path: &Path) -> Result<Option<(Index, SourceFile)>> {
     };
     let (text, source) = read_text(&path.join(&name), MOST_INDEX)?;
     let wrong = |text: String| Error::File(format!("{name}: {text}"));
-    let mut json: Value =
-        serde_json::from_str(&text).map_err(|e| wrong(format!("not valid JSON: {e}")))?;
+    let mut json: Value = serde_json::from_str(&text)
+        .map_err(|e| wrong(format!("not valid JSON: {}", json_text(&e))))?;
     let weight_map = match json.get_mut("weight_map").map(Value::take) {
         Some(Value::Object(weight_map)) => weight_map,
         Some(_) => return Err(wrong("`weight_map` is no object".to_owned())),
@@ -164,8 +165,9 @@ fn find_index(path: &Path) -> Result<Option<(Index, SourceFile)>> {
     let weight_map = weight_map.into_iter().map(|(tensor, shard)| match shard {
         Value::String(shard) if is_plain_name(&shard) => Ok((tensor, shard)),
         other => Err(wrong(format!(
-            "`weight_map` has {other} for tensor `{tensor}`, expected the name of a file in this \
-             folder"
+            "`weight_map` has {} for tensor `{}`, expected the name of a file in this folder",
+            short(&other.to_string()),
+            short(&tensor)
         ))),
     });
     let weight_map = weight_map.collect::<Result<_>>()?;
@@ -189,7 +191,8 @@ impl Index {
         for shard in &shards {
             if !path.join(shard).exists() {
                 return Err(Error::File(format!(
-                    "{shard}: not in the folder {}, {} names it",
+                    "{}: not in the folder {}, {} names it",
+                    short(shard),
                     path.display(),
                     self.name
                 )));

@@ -12,10 +12,10 @@ mod metadata;
 
 pub use self::metadata::{Array, Metadata, Value};
 
-use self::metadata::{Reader, short};
+use self::metadata::Reader;
 use super::mmap::Mapping;
 use super::{FileTensor, file_name};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 use crate::quant::BlockType;
 use crate::tensor::Bytes;
 use std::collections::HashSet;

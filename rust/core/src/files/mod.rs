@@ -10,7 +10,7 @@ pub mod gguf_write;
 pub mod mmap;
 pub mod safetensors;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 use crate::quant::BlockType;
 use crate::tensor::{Bytes, Dtype};
 use std::fs::{self, Metadata};
@@ -87,7 +87,7 @@ impl FileTensor {
 
     /// Where the tensor is, as errors say it.
     pub fn place(&self) -> String {
-        format!("{}: tensor `{}`", self.file, self.name)
+        format!("{}: tensor `{}`", self.file, short(&self.name))
     }
 }
 

@@ -8,7 +8,7 @@
 //! Tensors fill the data without overlap and without holes, as the format demands.
 
 use super::shape_text;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, json_text, short};
 use safetensors::tensor::TensorInfo;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use std::collections::{BTreeMap, HashSet};
@@ -60,13 +60,13 @@ pub fn read_header(bytes: &[u8], file: &str) -> Result<Header> {
     })?;
     let json = std::str::from_utf8(json)
         .map_err(|e| wrong(format!("header is not UTF-8 text at byte {}", e.valid_up_to())))?;
-    let RawHeader { tensors, metadata } =
-        serde_json::from_str(json).map_err(|e| wrong(format!("header is not valid: {e}")))?;
+    let RawHeader { tensors, metadata } = serde_json::from_str(json)
+        .map_err(|e| wrong(format!("header is not valid: {}", json_text(&e))))?;
 
     let data = rest.len() - length;
     let mut names = HashSet::with_capacity(tensors.len());
     for (name, info) in &tensors {
-        let wrong = |text: String| wrong(format!("tensor `{name}`: {text}"));
+        let wrong = |text: String| wrong(format!("tensor `{}`: {text}", short(name)));
         if !names.insert(name) {
             return Err(wrong("named twice".to_owned()));
         }
@@ -105,7 +105,8 @@ pub fn read_header(bytes: &[u8], file: &str) -> Result<Header> {
             let what =
                 if begin < covered { "overlaps the tensor before it" } else { "leaves a hole" };
             return Err(wrong(format!(
-                "tensor `{name}`: begins at {begin}, expected {covered}: {what}"
+                "tensor `{}`: begins at {begin}, expected {covered}: {what}",
+                short(name)
             )));
         }
         covered = end;

@@ -8,7 +8,7 @@ use super::config::Config;
 use super::gguf;
 use super::recipe::Storage;
 use super::tensors::{Role, TensorSpec, canonical_name, mtp_tensors, text_tensors, vision_tensors};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 use crate::files::container::{self, ALIGNMENT, Info};
 use crate::files::folder::{Folder, mlx};
 use crate::files::gguf::{Gguf, Metadata, starts_like_gguf};
@@ -129,7 +129,8 @@ impl Checkpoint {
             if !entry.range.start.is_multiple_of(ALIGNMENT) {
                 return Err(Error::File(format!(
                     "{name}: tensor `{}`: starts at byte {}, expected a multiple of {ALIGNMENT}",
-                    entry.name, entry.range.start
+                    short(&entry.name),
+                    entry.range.start
                 )));
             }
             let bytes = bytes.slice(entry.range);
@@ -328,7 +329,7 @@ fn bind(
                 "{}: is `{}`, and so is tensor `{}` of {}",
                 tensor.place(),
                 spec.name,
-                other.name,
+                short(&other.name),
                 other.file
             )));
         }
@@ -336,7 +337,7 @@ fn bind(
             return Err(Error::File(format!(
                 "{}: is `{name}`, and so is tensor `{}` of {}",
                 tensor.place(),
-                other.name,
+                short(&other.name),
                 other.file
             )));
         }
@@ -402,10 +403,12 @@ fn check(
     let dtype = found.known_dtype().filter(fits).ok_or_else(|| match blocks {
         true => Error::Unsupported(format!(
             "{place}: type {}, supported are {expected}, {}; use a file of these types",
-            found.dtype,
+            short(&found.dtype),
             BlockType::ALL.map(BlockType::name).join(", ")
         )),
-        false => Error::File(format!("{place}: dtype {}, expected {expected}", found.dtype)),
+        false => {
+            Error::File(format!("{place}: dtype {}, expected {expected}", short(&found.dtype)))
+        }
     })?;
     let shape = storage.shape(spec);
     if found.shape != shape {

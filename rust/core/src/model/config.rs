@@ -5,10 +5,14 @@
 //! a missing `layer_types`. Everything that would change the arithmetic and is not supported is an
 //! error.
 
+use super::forward::PIECE;
 use super::tensors::{mtp_tensors, text_tensors, vision_tensors};
-use crate::error::{Error, Result};
+use crate::budget::readable;
+use crate::error::{Error, Result, json_text, short};
 use crate::kernels::rope::Yarn;
+use crate::layers::block::Scratch;
 use serde_json::{Map, Value};
+use std::ops::RangeInclusive;
 
 /// What mixes the tokens in a layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,12 +81,20 @@ const MOST_ELEMENTS: u64 = 1 << 40;
 /// Nor are the elements of a session's recurrent states, 4 GiB. No tensor has their shape, so small
 /// files could ask for any size. Those of the published 27B are less than a twentieth of it.
 const MOST_STATE: u64 = 1 << 30;
+/// Nor are the bytes of its work buffers. They hold hundreds of tokens, so that a model of few hidden
+/// values and wide heads would take a thousand times its weights. The published 27B takes a
+/// thirtieth.
+const MOST_SCRATCH: usize = 4 << 30;
+/// Nor, or less, is a setting of YaRN: the paper has 32 and 1 for the betas, and up to 2.5 for the
+/// attention factor.
+const BETAS: RangeInclusive<f64> = 1e-3..=1e6;
+const ATTENTION_FACTORS: RangeInclusive<f64> = 0.01..=100.0;
 
 impl Config {
     /// Reads config.json. `file` is named in errors.
     pub fn from_json(text: &str, file: &str) -> Result<Config> {
         let json: Value = serde_json::from_str(text)
-            .map_err(|e| Error::File(format!("{file}: not valid JSON: {e}")))?;
+            .map_err(|e| Error::File(format!("{file}: not valid JSON: {}", json_text(&e))))?;
         let top = json
             .as_object()
             .ok_or_else(|| Error::File(format!("{file}: expected a JSON object")))?;
@@ -184,6 +196,31 @@ impl Config {
                 )));
             }
         }
+        self.check_widths(file)
+    }
+
+    /// No product of sizes is absurd; the elements of tensors fit.
+    fn check_widths(&self, file: &str) -> Result<()> {
+        for (heads, dim, width) in [
+            ("num_attention_heads", "head_dim", 2 * self.num_attention_heads * self.head_dim),
+            ("linear_num_key_heads", "linear_key_head_dim", 2 * self.key_dim()),
+            ("linear_num_value_heads", "linear_value_head_dim", self.value_dim()),
+        ] {
+            if width as u64 > MOST {
+                return Err(Error::File(format!(
+                    "{file}: `{heads}` and `{dim}` give rows of {width} values, expected at most \
+                     {MOST}"
+                )));
+            }
+        }
+        let scratch = Scratch::bytes_of(self, (PIECE, PIECE), 1, true);
+        if scratch > MOST_SCRATCH {
+            return Err(Error::File(format!(
+                "{file}: its sizes give sessions work buffers of {}, expected at most {}",
+                readable(scratch),
+                readable(MOST_SCRATCH)
+            )));
+        }
         Ok(())
     }
 
@@ -241,7 +278,11 @@ fn most_yarn(original: usize) -> f64 {
 }
 
 fn wrong(file: &str, key: &str, expected: &str, found: &Value) -> Error {
-    Error::File(format!("{file}: `{key}` is {found}, expected {expected}"))
+    Error::File(format!("{file}: `{key}` is {}, expected {expected}", shown(found)))
+}
+
+fn shown(value: &Value) -> String {
+    short(&value.to_string())
 }
 
 /// Who quantised a checkpoint, and how, by the settings that it carries.
@@ -265,7 +306,7 @@ fn quantiser(settings: &Value) -> String {
         Some(_) | None => "by a program that is not known here",
     };
     let mut details = Vec::new();
-    details.extend(word("format").or(word("fmt")).map(|format| format.chars().take(40).collect()));
+    details.extend(word("format").or(word("fmt")).map(short));
     details.extend(number("bits").or(number("w_bit")).map(|bits| format!("{bits} bits")));
     details.extend(number("group_size").map(|size| format!("groups of {size}")));
     if let Some(block) = settings.get("weight_block_size").and_then(Value::as_array) {
@@ -350,7 +391,8 @@ impl Reader<'_> {
         let file = self.file;
         let unsupported = |key: &str, value: &Value, supported: &str| {
             Err(Error::Unsupported(format!(
-                "{file}: `{key}` is {value}, only {supported} is supported"
+                "{file}: `{key}` is {}, only {supported} is supported",
+                shown(value)
             )))
         };
         for object in [top, self.text] {
@@ -423,9 +465,10 @@ impl Reader<'_> {
                 Some("linear_attention") => Ok(LayerType::LinearAttention),
                 Some("full_attention") => Ok(LayerType::FullAttention),
                 _ => Err(Error::Unsupported(format!(
-                    "{}: `layer_types` names {name}, supported are \"linear_attention\" and \
+                    "{}: `layer_types` names {}, supported are \"linear_attention\" and \
                      \"full_attention\"",
-                    self.file
+                    self.file,
+                    shown(name)
                 ))),
             })
             .collect()
@@ -450,7 +493,8 @@ impl Reader<'_> {
                     Some("yarn") => "yarn",
                     _ => {
                         return Err(Error::Unsupported(format!(
-                            "{file}: `rope_type` is {kind}, supported are \"default\" and \"yarn\""
+                            "{file}: `rope_type` is {}, supported are \"default\" and \"yarn\"",
+                            shown(kind)
                         )));
                     }
                 });
@@ -459,7 +503,8 @@ impl Reader<'_> {
                 && value.as_bool() != Some(true)
             {
                 return Err(Error::Unsupported(format!(
-                    "{file}: `mrope_interleaved` is {value}, only true is supported"
+                    "{file}: `mrope_interleaved` is {}, only true is supported",
+                    shown(value)
                 )));
             }
         }
@@ -539,12 +584,23 @@ impl Reader<'_> {
             && value.as_bool() != Some(true)
         {
             return Err(Error::Unsupported(format!(
-                "{file}: `truncate` is {value}, only true is supported"
+                "{file}: `truncate` is {}, only true is supported",
+                shown(value)
             )));
         }
         let mut yarn = Yarn::new(factor, original as usize);
-        yarn.beta_fast = number("beta_fast")?.unwrap_or(yarn.beta_fast);
-        yarn.beta_slow = number("beta_slow")?.unwrap_or(yarn.beta_slow);
+        let within = |key: &str, x: f64, range: RangeInclusive<f64>| {
+            let (least, most) = (range.start(), range.end());
+            match range.contains(&x) {
+                true => Ok(x),
+                false => Err(Error::File(format!(
+                    "{file}: `{key}` is {x:e}, expected a number from {least} to {most}"
+                ))),
+            }
+        };
+        let beta = |key: &str, usual: f64| within(key, number(key)?.unwrap_or(usual), BETAS);
+        yarn.beta_fast = beta("beta_fast", yarn.beta_fast)?;
+        yarn.beta_slow = beta("beta_slow", yarn.beta_slow)?;
         if yarn.beta_fast <= yarn.beta_slow {
             return Err(Error::File(format!(
                 "{file}: `beta_fast` is {}, expected more than `beta_slow`, which is {}",
@@ -552,7 +608,7 @@ impl Reader<'_> {
             )));
         }
         let scales = (number("mscale")?, number("mscale_all_dim")?);
-        yarn.attention_factor = match (number("attention_factor")?, scales) {
+        let attention_factor = match (number("attention_factor")?, scales) {
             (Some(given), _) => given,
             (None, (None, None)) => yarn.attention_factor,
             (None, (Some(mscale), Some(all))) => {
@@ -569,6 +625,7 @@ impl Reader<'_> {
                 )));
             }
         };
+        yarn.attention_factor = within("attention_factor", attention_factor, ATTENTION_FACTORS)?;
         Ok(yarn)
     }
 
@@ -577,8 +634,9 @@ impl Reader<'_> {
             && value.as_array().is_none_or(|layers| !layers.is_empty())
         {
             return Err(Error::Unsupported(format!(
-                "{}: `deepstack_visual_indexes` is {value}, only [] is supported",
-                self.file
+                "{}: `deepstack_visual_indexes` is {}, only [] is supported",
+                self.file,
+                shown(value)
             )));
         }
         Ok(VisionConfig {
@@ -728,6 +786,14 @@ mod tests {
         let factor = config.rope.yarn.expect("a yarn config").attention_factor;
         let log = 4f64.ln();
         assert!((factor - (0.2 * log + 1.0) / (0.05 * log + 1.0)).abs() < 1e-15);
+        for (mscale, all) in [(1e300, 1.0), (1.0, 1e300)] {
+            json["rope_scaling"]["mscale"] = Value::from(mscale);
+            json["rope_scaling"]["mscale_all_dim"] = Value::from(all);
+            json["rope_scaling"]["factor"] = Value::from(8192.0);
+            let error = Config::from_json(&json.to_string(), "config.json");
+            let error = error.expect_err("absurd scales").to_string();
+            assert!(error.contains("`attention_factor` is "), "{error}");
+        }
     }
 
     #[test]
@@ -743,7 +809,12 @@ mod tests {
             ("original_max_position_embeddings", "262144.5"),
             ("beta_fast", "1"),
             ("beta_slow", "0"),
+            ("beta_fast", "1e7"),
+            ("beta_slow", "1e-310"),
             ("attention_factor", "0"),
+            ("attention_factor", "1e300"),
+            ("attention_factor", "1e-300"),
+            ("attention_factor", "\"NaN\""),
             ("truncate", "false"),
             ("mscale", "1"),
             ("mscale_all_dim", "1"),
@@ -798,6 +869,40 @@ mod tests {
             let error = Config::from_json(&json.to_string(), "config.json").expect_err("too large");
             let shape = format!("recurrent states the shape [4, {d_k}, {d_v}, 3]");
             assert!(error.to_string().contains(&shape), "{error}");
+        }
+    }
+
+    #[test]
+    fn buffers_that_weights_do_not_bound() {
+        for (changes, what) in [
+            (&[("num_attention_heads", 1 << 17)][..], "`num_attention_heads` and `head_dim` give"),
+            (&[("linear_num_value_heads", 1 << 20)], "`linear_num_value_heads` and "),
+            (
+                &[("linear_num_key_heads", 1 << 19), ("linear_num_value_heads", 1 << 19)],
+                "key_heads",
+            ),
+            (&[("num_attention_heads", 1 << 16)], "work buffers of "),
+            (&[("intermediate_size", 1 << 21)], "work buffers of "),
+        ] {
+            let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
+            for (key, value) in changes {
+                json[*key] = Value::from(*value);
+            }
+            let error = Config::from_json(&json.to_string(), "config.json").expect_err("too wide");
+            assert!(error.to_string().contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn messages_have_an_end() {
+        let long = "\u{1b}[2J\u{202e}x".repeat(100_000);
+        let json = Value::from(long).to_string();
+        for key in ["hidden_size", "hidden_act", "model_type", "layer_types", "tie_word_embeddings"]
+        {
+            let value =
+                if key == "layer_types" { &format!("[{}]", [&*json; 4].join(",")) } else { &json };
+            let error = with(key, value).expect_err(key).to_string();
+            assert!(error.len() < 500 && !error.contains(['\u{1b}', '\u{202e}']), "{error}");
         }
     }
 

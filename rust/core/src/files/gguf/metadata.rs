@@ -1,6 +1,6 @@
 //! The metadata of a GGUF file, and how its bytes are read.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 use crate::tensor::Bytes;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -45,7 +45,7 @@ impl fmt::Display for Value<'_> {
             Value::Signed(n) => write!(f, "{n}"),
             Value::Float(x) => write!(f, "{x}"),
             Value::Bool(flag) => write!(f, "{flag}"),
-            Value::Text(text) => write!(f, "{:?}", short(text)),
+            Value::Text(text) => write!(f, "\"{}\"", short(text)),
             Value::Array(array) => write!(f, "a list of {}", array.len()),
         }
     }
@@ -126,15 +126,6 @@ impl Metadata {
             Error::File(format!("{}: `{key}` is {value}, expected a count", self.file))
         })?;
         Ok(Some(count))
-    }
-}
-
-/// The start of a name that a file gives, for messages.
-pub(super) fn short(name: &str) -> String {
-    const MOST: usize = 100;
-    match name.char_indices().nth(MOST) {
-        Some((at, _)) => format!("{}…", &name[..at]),
-        None => name.to_owned(),
     }
 }
 
