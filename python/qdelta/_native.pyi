@@ -245,7 +245,7 @@ def memory_plan(
     """What a model converted to `quant` takes, as `Model` would with the same settings.
 
     model: its checkpoint, or the text of its config.json, whose weights have the type `dtype`
-    ("bfloat16", "float16", "float32"). Raises MemoryLimitError as `Model` does.
+    ("bfloat16", "float16", "float32") but for those that it says are FP8. Raises MemoryLimitError as `Model` does.
     """
 
 @final

@@ -34,7 +34,7 @@ QUANTS = ("auto", "none", *RECIPES, "gguf")
 
 # Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
 SMALL_BYTES = 64 << 20
-_FLOATS = ("BF16", "F16", "F32", "F64", "I8", "I16", "I32", "I64")
+_FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "I8", "I16", "I32", "I64")
 
 
 def open_model(

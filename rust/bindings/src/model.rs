@@ -213,7 +213,7 @@ pub fn memory_plan(
             Planned::Config(json) => {
                 let config = Config::from_json(json, "config.json")?;
                 let dtype = Dtype::float(dtype)?;
-                let stored = Stored::converted(&config, quant, |_| dtype)?;
+                let stored = Stored::of_release(&config, quant, dtype)?;
                 (config, stored)
             }
         };

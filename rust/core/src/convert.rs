@@ -15,7 +15,7 @@ use crate::model::recipe::{self, Storage};
 use crate::model::tensors::TensorSpec;
 use crate::quant::reorder::reorder_panel_to;
 use crate::quant::{Format, PANEL_ROWS, Quant, encode_panel, panel_bytes, planes};
-use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor, widen};
+use crate::tensor::{AlignedBuf, Bytes, Dtype, Tensor};
 use crate::threads;
 use rayon::ThreadPool;
 use rayon::prelude::*;
@@ -134,11 +134,7 @@ impl<'a> Job<'a> {
                     let target = Target { format: *format, importance };
                     write_coded(&mut writer, source, (spec, tensor), target, &pool)?;
                 }
-                Part::Floats { name } => {
-                    let values = source.floats(name)?;
-                    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-                    writer.put(&bytes)?;
-                }
+                Part::Floats { spec, tensor } => write_floats(&mut writer, source, spec, tensor)?,
                 Part::AsIs { spec, tensor } => {
                     check_rows(source, spec, tensor, f32::MAX)?;
                     writer.put_slabs(&tensor.bytes)?;
@@ -165,7 +161,7 @@ impl<'a> Job<'a> {
                 .map_err(|error| error.in_file(self.source.name()))?;
             let (dtype, part) = match storage {
                 Storage::Coded(format) => (Dtype::U8, Part::Coded { spec, tensor, format }),
-                Storage::F32 => (Dtype::F32, Part::Floats { name: &spec.name }),
+                Storage::F32 => (Dtype::F32, Part::Floats { spec, tensor }),
                 Storage::AsIs => (tensor.dtype, Part::AsIs { spec, tensor }),
             };
             let shape = storage.shape(spec);
@@ -217,7 +213,7 @@ impl<'a> Job<'a> {
 /// What an item of the file is made of.
 enum Part<'a> {
     Coded { spec: &'a TensorSpec, tensor: &'a Tensor, format: Format },
-    Floats { name: &'a str },
+    Floats { spec: &'a TensorSpec, tensor: &'a Tensor },
     AsIs { spec: &'a TensorSpec, tensor: &'a Tensor },
     File(&'a Attachment),
 }
@@ -226,6 +222,27 @@ enum Part<'a> {
 struct Target<'a> {
     format: Format,
     importance: Option<&'a [f32]>,
+}
+
+/// Writes a tensor as f32.
+fn write_floats<S: Sink>(
+    writer: &mut Writer<'_, '_, S>,
+    source: &Checkpoint,
+    spec: &TensorSpec,
+    tensor: &Tensor,
+) -> Result<()> {
+    check_rows(source, spec, tensor, f32::MAX)?;
+    let (rows, cols) = spec.rows_cols();
+    let slab_rows = (SLAB_BYTES / (4 * cols)).clamp(1, rows);
+    let mut values = vec![0.0; slab_rows * cols];
+    for first in (0..rows).step_by(slab_rows) {
+        let values = &mut values[..slab_rows.min(rows - first) * cols];
+        tensor.widen_rows(cols, first, values);
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.put(&bytes)?;
+    }
+    source.release(&tensor.bytes);
+    Ok(())
 }
 
 /// Codes a matrix, a panel a task, once for each plane of the format.
@@ -248,7 +265,7 @@ fn write_coded<S: Sink>(
     if let Format::Blocks(block) = format {
         check_rows(source, spec, tensor, LARGEST)?;
         let mut values = vec![0.0; rows * cols];
-        widen(from, &tensor.bytes, &mut values);
+        tensor.widen_rows(cols, 0, &mut values);
         return writer.put(&block.encode(&values));
     }
     let panels = rows.div_ceil(PANEL_ROWS);
@@ -261,15 +278,15 @@ fn write_coded<S: Sink>(
             let code = |(values, panel): &mut (Vec<f32>, Vec<u8>), (i, out): (usize, &mut [u8])| {
                 let start = (first + i) * PANEL_ROWS;
                 let end = (start + PANEL_ROWS).min(rows);
-                let rows = &tensor.bytes[start * row_bytes..end * row_bytes];
                 let fits = match from {
                     Format::Blocks(block) => {
+                        let rows = &tensor.bytes[start * row_bytes..end * row_bytes];
                         reorder_panel_to(block, rows, cols, format, panel);
                         block.is_finite(rows)
                     }
                     _ => {
                         values.resize((end - start) * cols, 0.0);
-                        widen(from, rows, values);
+                        tensor.widen_rows(cols, start, values);
                         let fits = values.iter().all(|x| x.abs() <= LARGEST);
                         if fits {
                             encode_panel(format, values, cols, importance, panel);
@@ -307,11 +324,10 @@ fn unbound(spec: &TensorSpec, tensor: &Tensor) -> Error {
 /// An error that names the first row with a value that is not from -most to most.
 fn check_rows(source: &Checkpoint, spec: &TensorSpec, tensor: &Tensor, most: f32) -> Result<()> {
     let (rows, cols) = spec.rows_cols();
-    let format = tensor.dtype.format().ok_or_else(|| unbound(spec, tensor))?;
-    let row_bytes = format.bytes(1, cols);
+    tensor.dtype.format().ok_or_else(|| unbound(spec, tensor))?;
     let mut values = vec![0.0; cols];
     for row in 0..rows {
-        widen(format, &tensor.bytes[row * row_bytes..][..row_bytes], &mut values);
+        tensor.widen_rows(cols, row, &mut values);
         if let Some(x) = values.iter().find(|x| x.is_nan() || x.abs() > most) {
             return Err(Error::File(format!(
                 "{}: row {row} holds {x}, expected numbers from -{most:?} to {most:?}",

@@ -10,7 +10,7 @@ use crate::model::config::{Config, LayerType};
 use crate::model::gguf;
 use crate::model::tensors::{Role, TensorSpec};
 use crate::quant::BlockType;
-use crate::tensor::{Dtype, Tensor, widen};
+use crate::tensor::{Dtype, Tensor};
 use crate::threads;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -302,14 +302,12 @@ impl<'a> Part<'a> {
 
     /// One row as it is written.
     fn row(&self, row: usize, cols: usize) -> Result<Vec<u8>> {
-        let format = self.tensor.dtype.format().expect("a float tensor");
         let from = match self.heads {
             Some(heads) if !heads.columns => heads.source(row),
             _ => row,
         };
-        let bytes = format.bytes(1, cols);
         let mut values = vec![0.0; cols];
-        widen(format, &self.tensor.bytes[from * bytes..][..bytes], &mut values);
+        self.tensor.widen_rows(cols, from, &mut values);
         if let Some(heads) = self.heads.filter(|heads| heads.columns) {
             values = (0..cols).map(|i| values[heads.source(i)]).collect();
         }
@@ -332,7 +330,7 @@ impl<'a> Part<'a> {
             Dtype::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
             Dtype::Bf16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
             Dtype::Blocks(block) => block.encode(&values),
-            Dtype::U8 => unreachable!("a tensor of a GGUF file is of another type"),
+            Dtype::Fp8 | Dtype::U8 => unreachable!("a tensor of a GGUF file is of another type"),
         })
     }
 }

@@ -55,7 +55,7 @@ impl Random {
             Format::W4K => self.fill_blocks(k::W4K_BYTES, (4 * LANES, scale / 1024.0), bytes),
             Format::W5K => self.fill_blocks(k::W5K_BYTES, (4 * LANES, scale / 2048.0), bytes),
             Format::W6K => self.fill_blocks(k::W6K_BYTES, (2 * LANES, scale / 4096.0), bytes),
-            Format::W8Affine | Format::W4NlK | Format::Blocks(_) => {
+            Format::Fp8 | Format::W8Affine | Format::W4NlK | Format::Blocks(_) => {
                 panic!("random matrices are not made in {}", format.name())
             }
         }

@@ -5,7 +5,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::recipe::Storage;
 use crate::model::tensors::TensorSpec;
 use crate::quant::{Format, PANEL_ROWS, decode_row, encode_panel};
-use crate::tensor::{Tensor, widen};
+use crate::tensor::Tensor;
 use crate::threads;
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -64,8 +64,6 @@ pub fn losses(
 
 fn error(spec: &TensorSpec, tensor: &Tensor, format: Format, importance: Option<&[f32]>) -> f64 {
     let (rows, cols) = spec.rows_cols();
-    let float = tensor.dtype.format().expect("floats are asked about");
-    let row_bytes = float.bytes(1, cols);
     let panels = rows.div_ceil(PANEL_ROWS);
     let mut panel = vec![0; format.bytes(PANEL_ROWS, cols)];
     let (mut values, mut decoded) = (Vec::new(), vec![0.0; cols]);
@@ -74,7 +72,7 @@ fn error(spec: &TensorSpec, tensor: &Tensor, format: Format, importance: Option<
         let first = sample * panels / panels.min(SAMPLES) * PANEL_ROWS;
         let end = (first + PANEL_ROWS).min(rows);
         values.resize((end - first) * cols, 0.0);
-        widen(float, &tensor.bytes[first * row_bytes..end * row_bytes], &mut values);
+        tensor.widen_rows(cols, first, &mut values);
         encode_panel(format, &values, cols, importance, &mut panel);
         for (row, values) in values.chunks_exact(cols).enumerate() {
             decode_row(format, &panel, cols, row, &mut decoded);

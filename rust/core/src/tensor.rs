@@ -1,7 +1,7 @@
 //! Dtypes, shapes, and bytes that keep their owner alive.
 
 use crate::error::{Error, Result, short};
-use crate::quant::{BlockType, Format};
+use crate::quant::{BlockType, Format, fp8};
 use half::{bf16, f16};
 use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
@@ -13,6 +13,8 @@ pub enum Dtype {
     Bf16,
     F16,
     F32,
+    /// With scales beside it, see [`fp8`].
+    Fp8,
     U8,
     /// Blocks of a GGUF file.
     Blocks(BlockType),
@@ -24,7 +26,7 @@ impl Dtype {
         match self {
             Dtype::Bf16 | Dtype::F16 => 2 * elements,
             Dtype::F32 => 4 * elements,
-            Dtype::U8 => elements,
+            Dtype::Fp8 | Dtype::U8 => elements,
             Dtype::Blocks(block) => block.row_bytes(elements),
         }
     }
@@ -35,6 +37,7 @@ impl Dtype {
             Dtype::Bf16 => "BF16",
             Dtype::F16 => "F16",
             Dtype::F32 => "F32",
+            Dtype::Fp8 => "F8_E4M3",
             Dtype::U8 => "U8",
             Dtype::Blocks(block) => block.name(),
         }
@@ -54,7 +57,7 @@ impl Dtype {
     }
 
     pub fn is_float(self) -> bool {
-        matches!(self, Dtype::Bf16 | Dtype::F16 | Dtype::F32)
+        matches!(self, Dtype::Bf16 | Dtype::F16 | Dtype::F32 | Dtype::Fp8)
     }
 
     /// The matrix format of these elements, if they are numbers.
@@ -63,6 +66,7 @@ impl Dtype {
             Dtype::Bf16 => Some(Format::Bf16),
             Dtype::F16 => Some(Format::F16),
             Dtype::F32 => Some(Format::F32),
+            Dtype::Fp8 => Some(Format::Fp8),
             Dtype::U8 => None,
             Dtype::Blocks(block) => Some(Format::Blocks(block)),
         }
@@ -165,6 +169,8 @@ pub struct Tensor {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub bytes: Bytes,
+    /// Of the blocks of an FP8 matrix: floats [rows / 128, cols / 128], rounded up.
+    pub scales: Option<Arc<Tensor>>,
 }
 
 impl Tensor {
@@ -175,10 +181,16 @@ impl Tensor {
 
     /// The elements as f32. Panics if they are no floats.
     pub fn to_f32(&self) -> Vec<f32> {
-        let format = self.dtype.format().expect("a float tensor");
+        let cols = self.shape.last().copied().unwrap_or(1);
         let mut out = vec![0.0; self.elements()];
-        widen(format, &self.bytes, &mut out);
+        self.widen_rows(cols, 0, &mut out);
         out
+    }
+
+    /// Some rows of `cols` columns as f32, from `first`. Panics if the elements are no numbers.
+    pub fn widen_rows(&self, cols: usize, first: usize, out: &mut [f32]) {
+        let format = self.dtype.format().expect("a tensor of numbers");
+        widen_rows(format, &self.bytes, self.scales.as_deref(), cols, first, out);
     }
 }
 
@@ -196,7 +208,31 @@ pub(crate) fn resize(buffer: &mut Vec<f32>, n: usize) {
     buffer.resize(n, 0.0);
 }
 
-/// Converts little-endian floats, or blocks of a GGUF file, to f32. bytes: as many elements as `out` has.
+/// Some rows of a matrix as f32: those of `cols` columns, from `first`, that fill `out`.
+pub fn widen_rows(
+    format: Format,
+    bytes: &[u8],
+    scales: Option<&Tensor>,
+    cols: usize,
+    first: usize,
+    out: &mut [f32],
+) {
+    assert!(cols > 0 && out.len().is_multiple_of(cols));
+    let row_bytes = format.bytes(1, cols);
+    widen(format, &bytes[first * row_bytes..][..out.len() / cols * row_bytes], out);
+    let Some(scales) = scales else { return };
+    let blocks = cols.div_ceil(fp8::BLOCK);
+    let mut of_row = vec![0.0; blocks];
+    for (row, out) in out.chunks_exact_mut(cols).enumerate() {
+        scales.widen_rows(blocks, (first + row) / fp8::BLOCK, &mut of_row);
+        for (out, scale) in out.chunks_mut(fp8::BLOCK).zip(&of_row) {
+            out.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+}
+
+/// Converts little-endian floats, codes of FP8 without their scales, or blocks of a GGUF file, to
+/// f32. bytes: as many elements as `out` has.
 pub fn widen(format: Format, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(bytes.len(), format.bytes(1, out.len()));
     match format {
@@ -213,6 +249,11 @@ pub fn widen(format: Format, bytes: &[u8], out: &mut [f32]) {
         Format::F32 => {
             for (out, x) in out.iter_mut().zip(bytes.as_chunks().0) {
                 *out = f32::from_le_bytes(*x);
+            }
+        }
+        Format::Fp8 => {
+            for (out, code) in out.iter_mut().zip(bytes) {
+                *out = fp8::value(*code);
             }
         }
         Format::Blocks(block) => block.decode(bytes, out),

@@ -88,7 +88,7 @@ fn encoded(dtype: Dtype, values: &[f32]) -> Vec<u8> {
         Dtype::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
         Dtype::Bf16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
         Dtype::Blocks(block) => block.encode(values),
-        Dtype::U8 => panic!("no type of a GGUF file"),
+        Dtype::Fp8 | Dtype::U8 => panic!("no type of a GGUF file"),
     }
 }
 

@@ -331,7 +331,8 @@ fn attention_block() {
     let matrix = |name: &str| {
         let shape = golden.shape(name);
         let bytes: Vec<u8> = golden.get(name).iter().flat_map(|w| w.to_le_bytes()).collect();
-        Matrix { format: Format::F32, rows: shape[0], cols: shape[1], bytes: Bytes::from(bytes) }
+        let (rows, cols, bytes) = (shape[0], shape[1], Bytes::from(bytes));
+        Matrix { format: Format::F32, rows, cols, bytes, scales: None }
     };
     let norm = |name: &str| golden.get(name).iter().map(|w| w + 1.0).collect::<Vec<f32>>();
     let layer = Attention {

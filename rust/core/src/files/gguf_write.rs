@@ -63,7 +63,7 @@ fn type_id(dtype: Dtype) -> u32 {
         Dtype::F16 => 1,
         Dtype::Bf16 => 30,
         Dtype::Blocks(block) => block.id(),
-        Dtype::U8 => panic!("GGUF has no unsigned bytes"),
+        Dtype::Fp8 | Dtype::U8 => panic!("GGUF has no {}", dtype.name()),
     }
 }
 

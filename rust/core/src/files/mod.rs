@@ -79,7 +79,7 @@ pub struct FileTensor {
 impl FileTensor {
     /// The dtype, if it is one that a model can have.
     pub fn known_dtype(&self) -> Option<Dtype> {
-        [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::U8]
+        [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::Fp8, Dtype::U8]
             .into_iter()
             .chain(BlockType::ALL.map(Dtype::Blocks))
             .find(|d| d.name() == self.dtype)

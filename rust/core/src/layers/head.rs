@@ -214,7 +214,7 @@ mod tests {
                 rest = after;
             }
         }
-        Matrix { format, rows, cols, bytes: Bytes::from(bytes) }
+        Matrix { format, rows, cols, bytes: Bytes::from(bytes), scales: None }
     }
 
     fn input(ctx: Context<'_>, w: &Matrix, seed: u64) -> Input {

@@ -6,8 +6,9 @@ use crate::kernels::{matmul, norm, planes};
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::w8_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
-use crate::tensor::{Bytes, resize};
+use crate::tensor::{Bytes, Tensor, resize, widen_rows};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Weights [rows, cols] in some format.
 #[derive(Clone)]
@@ -16,6 +17,8 @@ pub struct Matrix {
     pub rows: usize,
     pub cols: usize,
     pub bytes: Bytes,
+    /// Of FP8, see [`Tensor::scales`].
+    pub scales: Option<Arc<Tensor>>,
 }
 
 impl Matrix {
@@ -30,8 +33,7 @@ impl Matrix {
             decode_row(self.format, &self.bytes, self.cols, row, out);
             return;
         }
-        let bytes = self.format.bytes(1, self.cols);
-        crate::tensor::widen(self.format, &self.bytes[row * bytes..][..bytes], out);
+        widen_rows(self.format, &self.bytes, self.scales.as_deref(), self.cols, row, out);
     }
 }
 
@@ -44,7 +46,8 @@ pub(super) enum Weights<'a> {
 
 impl Matrix {
     /// Some rows, from a multiple of 16. Panels are whole. Blocks of a GGUF file become panels in
-    /// `buffer`, so that their products have the bits of a matrix that was re-ordered before.
+    /// `buffer`, so that their products have the bits of a matrix that was re-ordered before; FP8
+    /// becomes f32 there, so that they have those of a matrix of its numbers.
     pub(super) fn weights<'a>(
         &'a self,
         rows: Range<usize>,
@@ -65,6 +68,15 @@ impl Matrix {
                     reorder_panel(block, rows, self.cols, out);
                 }
                 Weights::Panels { format, bytes: buffer }
+            }
+            Format::Fp8 => {
+                let mut values = vec![0.0; self.cols];
+                buffer.clear();
+                for row in rows {
+                    self.row(row, &mut values);
+                    buffer.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+                }
+                Weights::Rows { format: Format::F32, bytes: buffer }
             }
             format if format.is_packed() => {
                 let bytes = panel_bytes(format, self.cols);

@@ -15,7 +15,7 @@ use crate::files::gguf::{Gguf, Metadata, starts_like_gguf};
 use crate::files::mmap::Mapping;
 use crate::files::safetensors::read_header;
 use crate::files::{Convention, FileTensor, SourceFile, file_name, shape_text};
-use crate::quant::{BlockType, Format, Quant};
+use crate::quant::{BlockType, Format, Quant, fp8};
 use crate::tensor::{Bytes, Dtype, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -40,6 +40,9 @@ pub struct Checkpoint {
     sources: Vec<SourceFile>,
     mappings: Vec<Arc<Mapping>>,
 }
+
+/// What follows the name of an FP8 matrix in that of its scales.
+const SCALES: &str = "_scale_inv";
 
 /// A tensor of the model and where it was found.
 struct Bound {
@@ -315,6 +318,15 @@ fn bind(
             specs.extend(optional);
         }
     }
+    let refuse_twice = |name: &str, tensor: &FileTensor| match twice.get(name) {
+        None => Ok(()),
+        Some(other) => Err(Error::File(format!(
+            "{}: is `{name}`, and so is tensor `{}` of {}",
+            tensor.place(),
+            short(&other.name),
+            other.file
+        ))),
+    };
     let mut tensors = HashMap::with_capacity(specs.len());
     for spec in &specs {
         let mut there = storages(spec, kind).filter_map(|storage| {
@@ -333,16 +345,18 @@ fn bind(
                 other.file
             )));
         }
-        if let Some(other) = twice.get(name.as_str()) {
-            return Err(Error::File(format!(
-                "{}: is `{name}`, and so is tensor `{}` of {}",
-                tensor.place(),
-                short(&other.name),
-                other.file
-            )));
-        }
+        refuse_twice(&name, tensor)?;
         let place = tensor.place();
-        tensors.insert(name, Bound { tensor: check(config, kind, spec, storage, tensor)?, place });
+        let mut tensor = check(config, kind, spec, storage, tensor)?;
+        if tensor.dtype == Dtype::Fp8 {
+            let name = format!("{name}{SCALES}");
+            let found = by_name.get(name.as_str()).ok_or_else(|| {
+                Error::File(format!("{place}: its scales are missing, tensor `{name}`"))
+            })?;
+            refuse_twice(&name, found)?;
+            tensor.scales = Some(Arc::new(check_scales(&tensor, found)?));
+        }
+        tensors.insert(name, Bound { tensor, place });
     }
     refuse_companions(&tensors, &by_name)?;
     Ok((specs, tensors))
@@ -390,13 +404,22 @@ fn check(
         return Err(mlx(&place, &transposed));
     }
     let blocks = kind == Kind::Gguf && !matches!(spec.role, Role::Small | Role::Vision);
+    let fp8 = config.fp8
+        && kind == Kind::Folder
+        && spec.role != Role::Small
+        && matches!(spec.shape[..], [_, _]);
     let expected = match storage {
+        Storage::AsIs if fp8 => "BF16, F16, F32 or F8_E4M3",
         Storage::AsIs => "BF16, F16 or F32",
         Storage::F32 => "F32",
         Storage::Coded(_) => "U8",
     };
     let fits = |dtype: &Dtype| match storage {
-        Storage::AsIs => dtype.is_float() || blocks && matches!(dtype, Dtype::Blocks(_)),
+        Storage::AsIs => match dtype {
+            Dtype::Fp8 => fp8,
+            Dtype::Blocks(_) => blocks,
+            dtype => dtype.is_float(),
+        },
         Storage::F32 => *dtype == Dtype::F32,
         Storage::Coded(_) => *dtype == Dtype::U8,
     };
@@ -417,18 +440,38 @@ fn check(
             shape_text(&found.shape)
         )));
     }
-    Ok(Tensor { dtype, shape, bytes: found.bytes.clone() })
+    Ok(Tensor { dtype, shape, bytes: found.bytes.clone(), scales: None })
 }
 
-/// Refuses what changes the meaning of a weight: a bias, the scale of a quantised weight, an
+/// Checks the scales of an FP8 matrix.
+fn check_scales(matrix: &Tensor, found: &FileTensor) -> Result<Tensor> {
+    let place = found.place();
+    let float = |dtype: &Dtype| dtype.is_float() && *dtype != Dtype::Fp8;
+    let dtype = found.known_dtype().filter(float).ok_or_else(|| {
+        Error::File(format!("{place}: dtype {}, expected BF16, F16 or F32", found.dtype))
+    })?;
+    let shape: Vec<usize> = matrix.shape.iter().map(|n| n.div_ceil(fp8::BLOCK)).collect();
+    if found.shape != shape {
+        return Err(Error::File(format!(
+            "{place}: shape {}, expected {shape:?}, a scale for each block of {} x {}",
+            shape_text(&found.shape),
+            fp8::BLOCK,
+            fp8::BLOCK
+        )));
+    }
+    Ok(Tensor { dtype, shape, bytes: found.bytes.clone(), scales: None })
+}
+
+/// Refuses what changes the meaning of a weight: a bias, scales that are not those of FP8, an
 /// adapter. Other tensors that the model does not have are ignored.
 fn refuse_companions(
     tensors: &HashMap<String, Bound>,
     by_name: &HashMap<&str, &FileTensor>,
 ) -> Result<()> {
-    const COMPANIONS: [&str; 8] = [
+    const COMPANIONS: [&str; 9] = [
         ".scale",
         ".input_scale",
+        ".activation_scale",
         ".bias",
         ".weight_scale",
         ".weight_scale_inv",
@@ -439,6 +482,10 @@ fn refuse_companions(
     let companion = by_name
         .iter()
         .filter(|(name, _)| !tensors.contains_key(**name))
+        .filter(|(name, _)| {
+            let scales_fp8 = |name| tensors.get(name).is_some_and(|b| b.tensor.scales.is_some());
+            !name.strip_suffix(SCALES).is_some_and(scales_fp8)
+        })
         .filter(|(name, _)| {
             let stem = COMPANIONS.iter().find_map(|end| name.strip_suffix(end));
             stem.is_some_and(|stem| tensors.contains_key(&format!("{stem}.weight")))

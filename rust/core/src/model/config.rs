@@ -11,6 +11,7 @@ use crate::budget::readable;
 use crate::error::{Error, Result, json_text, short};
 use crate::kernels::rope::Yarn;
 use crate::layers::block::Scratch;
+use crate::quant::fp8::BLOCK;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
@@ -70,6 +71,8 @@ pub struct Config {
     pub rope: Rope,
     pub mtp_num_hidden_layers: usize,
     pub vision: Option<VisionConfig>,
+    /// Whether matrices may be FP8, see [`crate::quant::fp8`].
+    pub fp8: bool,
 }
 
 /// No size in a config is larger. The largest that are published are a tenth of it.
@@ -105,6 +108,7 @@ impl Config {
         };
         let reader = Reader { file, text };
         reader.refuse_unsupported(top)?;
+        let fp8 = reader.fp8(top)?;
 
         let num_hidden_layers = reader.size_below("num_hidden_layers", MOST_LAYERS)?;
         let head_dim = reader.size("head_dim")?;
@@ -132,6 +136,7 @@ impl Config {
                 Some(Value::Object(vision)) => Some(Reader { file, text: vision }.vision()?),
                 Some(other) => return Err(wrong(file, "vision_config", "an object", other)),
             },
+            fp8,
         };
         config.check(file)?;
         Ok(config)
@@ -401,15 +406,6 @@ impl Reader<'_> {
             {
                 return unsupported("model_type", value, "\"qwen3_5\" or \"qwen3_5_text\"");
             }
-            for key in ["quantization_config", "quantization"] {
-                if let Some(value) = object.get(key).filter(|value| !value.is_null()) {
-                    return Err(Error::Unsupported(format!(
-                        "{file}: the checkpoint is already quantised, {} (`{key}`), which is not \
-                         supported; use the original BF16 checkpoint, or a GGUF file of it",
-                        quantiser(value)
-                    )));
-                }
-            }
         }
         let fixed: [(&str, Value); 3] = [
             ("hidden_act", Value::from("silu")),
@@ -437,6 +433,46 @@ impl Reader<'_> {
             return unsupported("mtp_use_dedicated_embeddings", &Value::from(true), "false");
         }
         Ok(())
+    }
+
+    /// Whether `quantization_config` says FP8 as it is supported; an error if it, or `quantization`,
+    /// says something else.
+    fn fp8(&self, top: &Map<String, Value>) -> Result<bool> {
+        let mut fp8 = false;
+        for object in [top, self.text] {
+            for key in ["quantization_config", "quantization"] {
+                let Some(settings) = object.get(key).filter(|value| !value.is_null()) else {
+                    continue;
+                };
+                let unsupported = |what: String| {
+                    Error::Unsupported(format!(
+                        "{}: the checkpoint is already quantised, {} (`{key}`), {what}; use the \
+                         original BF16 checkpoint, or a GGUF file of it",
+                        self.file,
+                        quantiser(settings)
+                    ))
+                };
+                if settings.get("quant_method").and_then(Value::as_str) != Some("fp8") {
+                    return Err(unsupported("which is not supported".to_owned()));
+                }
+                let blocks = Value::from(vec![BLOCK, BLOCK]);
+                for (name, only, default) in [
+                    ("weight_block_size", blocks, Value::Null),
+                    ("fmt", "e4m3".into(), "e4m3".into()),
+                    ("scale_fmt", "float".into(), "float".into()),
+                    ("activation_scheme", "dynamic".into(), "dynamic".into()),
+                ] {
+                    let value = settings.get(name).filter(|v| !v.is_null()).unwrap_or(&default);
+                    if *value != only {
+                        return Err(unsupported(format!(
+                            "its `{name}` is {value}, only {only} is supported"
+                        )));
+                    }
+                }
+                fp8 = true;
+            }
+        }
+        Ok(fp8)
     }
 
     fn layer_types(&self, layers: usize) -> Result<Vec<LayerType>> {
@@ -745,8 +781,8 @@ mod tests {
                 "as compressed-tensors (vLLM, llm-compressor), pack-quantized",
             ),
             (
-                r#"{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}"#,
-                "to FP8, e4m3, blocks of 128 x 128",
+                r#"{"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 128]}"#,
+                "to FP8, e4m3, blocks of 64 x 128",
             ),
             (r#"{"group_size": 64, "bits": 4}"#, "for MLX, 4 bits, groups of 64"),
             (r#"{"quant_method": "new"}"#, "by a program that is not known here"),
@@ -757,6 +793,29 @@ mod tests {
                 "config.json: the checkpoint is already quantised, {name} (`quantization_config`), "
             );
             assert!(error.starts_with(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn fp8_as_it_is_released() {
+        let mut settings = serde_json::json!({"quant_method": "fp8", "fmt": "e4m3",
+            "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head"]});
+        assert!(!with("quantization_config", "null").expect("floats").fp8);
+        assert!(with("quantization_config", &settings.to_string()).expect("FP8").fp8);
+        for (key, value) in [
+            ("activation_scheme", Value::from("static")),
+            ("fmt", Value::from("e5m2")),
+            ("scale_fmt", Value::from("ue8m0")),
+            ("weight_block_size", Value::Null),
+            ("weight_block_size", Value::from(vec![128])),
+        ] {
+            let before = settings[key].take();
+            settings[key] = value.clone();
+            let error = with("quantization_config", &settings.to_string()).expect_err(key);
+            let expected = format!("its `{key}` is {value}, only ");
+            assert!(error.to_string().contains(&expected), "{error}");
+            settings[key] = before;
         }
     }
 

@@ -159,7 +159,7 @@ impl Model {
 
     /// Those of them that the head reads; if it is screened, for the estimates of all rows.
     pub fn head_bytes(&self) -> usize {
-        let Matrix { format, rows, cols, ref bytes } = self.weights.lm_head;
+        let Matrix { format, rows, cols, ref bytes, .. } = self.weights.lm_head;
         match self.head {
             Head::Full => bytes.len(),
             Head::Screened => {

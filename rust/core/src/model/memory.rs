@@ -2,7 +2,8 @@
 //!
 //! Planned are the tensors of the text model, which are mapped from files where they lie in files,
 //! and all buffers of a session that grow with the model's sizes. Not planned are the program and
-//! its threads' stacks, the tokenizer, and what is converted or copied for a moment.
+//! its threads' stacks, the tokenizer, the scales of FP8 (a four-thousandth of its codes), and what is
+//! converted or copied for a moment.
 
 use super::checkpoint::Checkpoint;
 use super::config::Config;
@@ -78,6 +79,20 @@ impl Stored {
                     Error::File(format!("tensor `{}`: dtype {dtype}, expected a float", spec.name))
                 }),
             }
+        })
+    }
+
+    /// As the conversion to `quant` makes them of a release whose config.json is `config`.
+    ///
+    /// dtype: as config.json states it. Where that says FP8, the large matrices of the layers are.
+    pub fn of_release(config: &Config, quant: Quant, dtype: Dtype) -> Result<Stored> {
+        let large = |role| {
+            use Role::{KeyValue, LinearInput, LinearOutput, Mlp, Query};
+            matches!(role, Mlp | LinearInput | LinearOutput | Query | KeyValue)
+        };
+        Stored::converted(config, quant, |spec| match config.fp8 && large(spec.role) {
+            true => Dtype::Fp8,
+            false => dtype,
         })
     }
 

@@ -85,6 +85,8 @@ pub fn storage(
                 )));
             }
         },
+        // Where FP8 is to be kept, its numbers are: scales have no place in a converted file.
+        (_, Dtype::Fp8) if floats(quant) == Storage::AsIs => Storage::F32,
         (quant, _) => floats(quant),
     };
     match storage {
@@ -189,6 +191,17 @@ mod tests {
         ] {
             let spec = spec("up", [16, cols], Role::Mlp);
             assert_eq!(stored(quant, &spec, Dtype::Bf16).0, format!("up.{format}"));
+        }
+    }
+
+    #[test]
+    fn fp8_is_rounded_as_floats_are_and_never_kept() {
+        let up = spec("up", [256, 256], Role::Mlp);
+        assert_eq!(stored(Quant::Balanced, &up, Dtype::Fp8).0, "up.w4_k");
+        let gate = spec("gate", [16, 256], Role::LinearGate);
+        let none = HashMap::new();
+        for (quant, storage_of_gate) in [(Quant::W8, Storage::F32), (Quant::None, Storage::AsIs)] {
+            assert_eq!(storage(quant, &none, &gate, Dtype::Fp8).unwrap(), storage_of_gate);
         }
     }
 

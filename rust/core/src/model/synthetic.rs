@@ -66,7 +66,7 @@ fn random_tensor(spec: &TensorSpec, storage: Storage, seed: u64) -> Result<Tenso
             },
         );
     }
-    Ok(Tensor { dtype, shape: storage.shape(spec), bytes: Bytes::from(buffer) })
+    Ok(Tensor { dtype, shape: storage.shape(spec), bytes: Bytes::from(buffer), scales: None })
 }
 
 impl Source for Synthetic {

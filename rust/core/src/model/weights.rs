@@ -112,7 +112,7 @@ impl Binder<'_> {
     /// The matrix `name`, in whatever format the source has it.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
         let (format, tensor) = find_matrix(self.source, &format!("{name}.weight"))?;
-        Ok(Matrix { format, rows, cols, bytes: tensor.bytes })
+        Ok(Matrix { format, rows, cols, bytes: tensor.bytes, scales: tensor.scales })
     }
 
     fn vector(&self, name: &str) -> Result<Vec<f32>> {

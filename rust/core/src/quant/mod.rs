@@ -1,7 +1,7 @@
 //! Weight formats: how a matrix lies in memory, and how a kernel reads it.
 //!
-//! Float matrices are row-major as the checkpoint holds them ([`float`]), and so are the blocks of
-//! GGUF files ([`ggml`]). The formats that kernels multiply with cut a matrix into panels of 16
+//! Float matrices are row-major as the checkpoint holds them ([`float`], [`fp8`]), and so are the
+//! blocks of GGUF files ([`ggml`]). The formats that kernels multiply with cut a matrix into panels of 16
 //! output rows, so that one vector holds one value of each row and no product needs a horizontal
 //! sum. The columns of a panel are cut into groups of 32, and a few groups make a block: two in
 //! [`w4`], [`w8`], [`w4_nl`] and [`w8_affine`], eight in those of [`k`]. Rows are padded to a whole
@@ -9,6 +9,7 @@
 //! the low half of W8 codes apart. [`reorder`] makes panels of a GGUF file's blocks.
 
 pub mod float;
+pub mod fp8;
 pub mod ggml;
 pub mod k;
 pub mod reorder;
@@ -102,6 +103,8 @@ pub enum Format {
     Bf16,
     F16,
     F32,
+    /// With scales beside it.
+    Fp8,
     W8,
     W8Planes,
     W8Affine,
@@ -144,6 +147,7 @@ impl Format {
             Format::Bf16 => "bf16",
             Format::F16 => "f16",
             Format::F32 => "f32",
+            Format::Fp8 => "fp8",
             Format::W8 => "w8",
             Format::W8Planes => "w8_planes",
             Format::W8Affine => "w8_affine",
@@ -179,11 +183,12 @@ impl Format {
         }
     }
 
-    /// Bytes of `rows` rows of `cols` columns, padding included.
+    /// Bytes of `rows` rows of `cols` columns, padding included, without the scales of FP8.
     pub fn bytes(self, rows: usize, cols: usize) -> usize {
         match self {
             Format::Bf16 | Format::F16 => 2 * rows * cols,
             Format::F32 => 4 * rows * cols,
+            Format::Fp8 => rows * cols,
             Format::Blocks(block) => rows * block.row_bytes(cols),
             _ => rows.div_ceil(PANEL_ROWS) * panel_bytes(self, cols),
         }
