@@ -121,7 +121,7 @@ pub fn mlx(place: &str, what: &str) -> Error {
     Error::Unsupported(format!(
         "{place}: {what}: the checkpoint was saved for MLX, which stores other numbers under the \
          same names (norm weights with 1 added, convolutions transposed); use the original \
-         checkpoint"
+         checkpoint, or a GGUF file of it"
     ))
 }
 
