@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 
 import qdelta
 from hostile import FULL, INDEX, LAYER, NAME, PREFIX, edit_config, open_model, refuses
-from qdelta import _native
+from qdelta import _native, weights
 from tiny import VISION_PREFIXES, Container, Stored, make_checkpoint, only_file
 
 
@@ -171,9 +174,43 @@ def test_tensors_nobody_knows_are_no_harm(folder):
     path = only_file(folder)
     container = Container.read(path)
     container.tensors["model.rotary_emb.inv_freq"] = Stored.of("F32", np.ones(4))
+    container.write(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights.open_model(folder)
     container.tensors["extra"] = Stored("I64", [1], bytes(8))
+    for i in range(4, 9):
+        container.tensors[f"{PREFIX}layers.{i}.norm.weight"] = Stored.of("F32", np.ones(4))
     container.write(path)
     open_model(folder)
+    text = rf"^{folder}: tensors .* are not used: .*layers.4.norm.weight', .* and 3 more$"
+    with pytest.warns(UserWarning, match=text.replace("'", ".")):
+        weights.open_model(folder)
+    command = ["convert", str(folder), "-o", str(folder.parent / "out.safetensors")]
+    command = [sys.executable, "-m", "qdelta", *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith(f"qdelta: warning: {folder}: tensors that Qwen3.5 does not have")
+    assert done.stderr.count("\n") == 2, done.stderr
+
+
+@pytest.mark.parametrize("name", ["tied", "plain", "MTP unused", "vision unused"])
+def test_usual_tensors_give_no_warning(tmp_path, name):
+    text = {"tie_word_embeddings": name != "plain"}
+    folder = make_checkpoint(tmp_path / "m", text)
+    path = only_file(folder)
+    container = Container.read(path)
+    if name == "tied":
+        container.tensors["lm_head.weight"] = container.tensors[f"{PREFIX}embed_tokens.weight"]
+    container.write(path)
+    if name == "MTP unused":
+        edit_config(folder, mtp_num_hidden_layers=0)
+    if name == "vision unused":
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("vision_config", None)
+        (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights.open_model(folder)
 
 
 # ------------------------------------------------------------------------ MLX, MTP, vision

@@ -58,6 +58,9 @@ class Checkpoint:
         """(name, rows, columns) of the matrices of the text model and of multi-token prediction,
         by the names that checkpoints have without the prefix of the text model."""
 
+    def unknown_tensors(self) -> list[str]:
+        """Names of tensors that nothing reads and no part of a released model has."""
+
     def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, str]]:
         """(name in the file, dtype or format, shape, bytes, file) of every tensor."""
 
@@ -245,7 +248,8 @@ def memory_plan(
     """What a model converted to `quant` takes, as `Model` would with the same settings.
 
     model: its checkpoint, or the text of its config.json, whose weights have the type `dtype`
-    ("bfloat16", "float16", "float32") but for those that it says are FP8. Raises MemoryLimitError as `Model` does.
+    ("bfloat16", "float16", "float32") but for those that it says are FP8. Raises MemoryLimitError
+    as `Model` does.
     """
 
 @final

@@ -157,8 +157,8 @@ def _from_vocab_and_merges(
     vocab = parse_json(files, "vocab.json")
     for text, id in vocab.items():
         if type(id) is not int or not 0 <= id < 2**31:
-            entry, found = reprlib.repr(text), reprlib.repr(id)
-            raise FileError(f"vocab.json: entry {entry} has the id {found}")
+            entry, its_id = reprlib.repr(text), reprlib.repr(id)
+            raise FileError(f"vocab.json: entry {entry} has the id {its_id}")
     try:
         lines = files["merges.txt"].decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:

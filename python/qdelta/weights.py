@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +36,10 @@ QUANTS = ("auto", "none", *RECIPES, "gguf")
 
 # Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
 SMALL_BYTES = 64 << 20
+# Names of unknown tensors that a warning tells, and characters of each.
+_SHOWN = 3
+_names = reprlib.Repr()
+_names.maxstring = 100
 _FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "I8", "I16", "I32", "I64")
 
 
@@ -55,7 +61,7 @@ def open_model(
     Raises FileError, UnsupportedError, FileAccessError, or ArgumentError for an unknown quant.
     """
     check_quant(quant)
-    source = _native.Checkpoint(os.fspath(path))
+    source = open_checkpoint(path)
     quant = resolve_quant(source, path, quant)
     if quant == source.quant:
         return source
@@ -73,6 +79,19 @@ def open_model(
         with _cache_errors(out):
             out.unlink(missing_ok=True)  # stale, or damaged beyond recognition
         return _convert(source, path, os.fspath(out), progress, quant=quant, threads=threads)
+
+
+def open_checkpoint(path: str | Path) -> _native.Checkpoint:
+    """Open it, and warn of tensors that would make it another model than this program runs."""
+    source = _native.Checkpoint(os.fspath(path))
+    unknown = source.unknown_tensors()
+    if unknown:
+        some = ", ".join(map(_names.repr, unknown[:_SHOWN]))
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        warnings.warn(
+            f"{path}: tensors that Qwen3.5 does not have are not used: {some}{more}", stacklevel=2
+        )
+    return source
 
 
 def check_quant(quant: str) -> None:

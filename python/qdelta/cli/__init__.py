@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import warnings
+from typing import TextIO
 
 import click
 
@@ -48,6 +50,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal need not know every character
+    warnings.showwarning = _warn
     try:
         status = cli.main(standalone_mode=False)
         sys.stdout.flush()
@@ -75,13 +78,27 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _line(error: Error | OSError) -> str:
-    """An error on one line, without the numbers that programs look for.
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning on one line, without the place in the program."""
+    click.echo(f"qdelta: warning: {_printable(str(message))}", err=True)
 
-    Names may hold characters that steer a terminal; these are escaped.
-    """
+
+def _line(error: Error | OSError) -> str:
+    """An error on one line, without the numbers that programs look for."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = re.sub(r" \(os error \d+\)$", "", error.strerror)
         text = f"{error.filename}: {text}" if error.filename else text
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """The text with characters escaped that would steer a terminal; names may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

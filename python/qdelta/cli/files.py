@@ -93,11 +93,11 @@ def convert(
       qdelta convert qwen3.5-4b-Q4_K_M.gguf -o qwen3.5-4b.safetensors
       qdelta convert Qwen/Qwen3.5-4B --to gguf --type Q8_0 -o qwen3.5-4b-Q8_0.gguf
     """
-    from .. import _native, recipes, weights
+    from .. import recipes, weights
     from ..source import locate
 
     path = locate(model_name, revision=revision, offline=offline, cache=None, progress=None)
-    source = _native.Checkpoint(str(path))
+    source = weights.open_checkpoint(path)
     if to == "gguf":
         if recipe != "auto" or calibrate is not None:
             raise click.UsageError("--recipe and --calibrate are not for --to gguf, --type is")

@@ -78,6 +78,10 @@ impl Checkpoint {
         sources.map(|s| (s.name.clone(), s.bytes, s.modified_ns)).collect()
     }
 
+    fn unknown_tensors(&self) -> Vec<&str> {
+        self.inner.unknown().collect()
+    }
+
     fn tensors(&self) -> Vec<(String, String, Vec<usize>, usize, String)> {
         self.inner.listing()
     }

@@ -41,6 +41,20 @@ fn error(file: &File) -> String {
 }
 
 #[test]
+fn unknown_tensors_are_told() {
+    for name in ["gguf/tiny-f32-F32.gguf", "tiny-text/tiny-f32", "gguf/tiny-k256-bf16-Q4_K_M.gguf"]
+    {
+        assert_eq!(open(name).unknown().next(), None, "{name}");
+    }
+    let mut file = model();
+    for name in ["v.blk.0.ln1.weight", "mm.0.weight", "rope_freqs.weight", "strange.weight"] {
+        file.add(name, "output_norm.weight");
+    }
+    let checkpoint = opened(&file).expect("what is not used does no harm");
+    assert_eq!(checkpoint.unknown().collect::<Vec<_>>(), ["strange.weight"]);
+}
+
+#[test]
 fn every_tensor_of_the_golden_file() {
     let (gguf, folder) = (open("gguf/tiny-f32-F32.gguf"), open("tiny-text/tiny-f32"));
     assert_eq!((gguf.quant, gguf.convention), (Quant::None, Convention::Gguf));

@@ -267,6 +267,23 @@ impl Checkpoint {
         self.listing.iter().map(row).collect()
     }
 
+    /// Names of tensors of a folder or GGUF file of which nothing is known: nothing reads them, and
+    /// they belong to no part that a text model goes without, nor are they the head that a tied
+    /// model may carry again, or frequencies that old programs stored.
+    pub fn unknown(&self) -> impl Iterator<Item = &str> {
+        let layers = self.config.num_hidden_layers;
+        let names = self.listing.iter().filter(|_| self.quant == Quant::None);
+        names.map(|tensor| tensor.name.as_str()).filter(move |name| match self.convention {
+            Convention::Gguf => !gguf::is_known(name, layers),
+            Convention::Transformers => {
+                let name = canonical_name(name);
+                let apart = ["mtp.", "visual."].iter().any(|start| name.starts_with(start))
+                    || ["lm_head.weight", "rotary_emb.inv_freq"].iter().any(|n| name.ends_with(n));
+                !apart && !self.tensors.contains_key(&name)
+            }
+        })
+    }
+
     /// An error if a mapped file is not what it was when it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         self.mappings.iter().try_for_each(|mapping| mapping.check_unchanged())

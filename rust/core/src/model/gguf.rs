@@ -105,6 +105,15 @@ pub fn tensors(gguf: &Gguf, layers: usize) -> Result<Vec<(String, FileTensor)>> 
     Ok(out)
 }
 
+/// Whether a tensor outside the blocks, all of which are read or refused, has a known purpose: here,
+/// or in a vision tower, a drafting module, or programs that store frequencies.
+pub fn is_known(name: &str, layers: usize) -> bool {
+    const OTHERS: [&str; 4] = ["v.", "mm.", "rope_freqs.", "nextn."];
+    canonical_name(name, layers).is_some()
+        || block(name).is_some()
+        || OTHERS.iter().any(|start| name.starts_with(start))
+}
+
 /// The block of a tensor, and its name there.
 fn block(name: &str) -> Option<(usize, &str)> {
     let (digits, rest) = name.strip_prefix("blk.")?.split_once('.')?;
