@@ -93,7 +93,7 @@ def convert(
       qdelta convert qwen3.5-4b-Q4_K_M.gguf -o qwen3.5-4b.safetensors
       qdelta convert Qwen/Qwen3.5-4B --to gguf --type Q8_0 -o qwen3.5-4b-Q8_0.gguf
     """
-    from .. import recipes, weights
+    from .. import _native, recipes, weights
     from ..source import locate
 
     path = locate(model_name, revision=revision, offline=offline, cache=None, progress=None)
