@@ -7,6 +7,7 @@ and in every format that it is converted to.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,13 @@ def test_gguf_file(tmp_path):
         weights.convert_to_gguf(_native.Checkpoint(str(path)), path, out, dtype="F32")
         written.append(out.read_bytes())
     assert written[0] == written[1]
+
+
+def test_scales_are_no_unknown_tensors(tmp_path):
+    folder, _ = pair(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights.open_model(folder, "none")
 
 
 def test_losses(tmp_path):

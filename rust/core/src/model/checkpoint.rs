@@ -277,9 +277,11 @@ impl Checkpoint {
             Convention::Gguf => !gguf::is_known(name, layers),
             Convention::Transformers => {
                 let name = canonical_name(name);
+                // The scales of an FP8 matrix are a part of it.
+                let name = name.strip_suffix(SCALES).unwrap_or(&name);
                 let apart = ["mtp.", "visual."].iter().any(|start| name.starts_with(start))
                     || ["lm_head.weight", "rotary_emb.inv_freq"].iter().any(|n| name.ends_with(n));
-                !apart && !self.tensors.contains_key(&name)
+                !apart && !self.tensors.contains_key(name)
             }
         })
     }

@@ -87,8 +87,11 @@ impl Stored {
     /// dtype: as config.json states it. Where that says FP8, the large matrices of the layers are.
     pub fn of_release(config: &Config, quant: Quant, dtype: Dtype) -> Result<Stored> {
         let large = |role| {
-            use Role::{KeyValue, LinearInput, LinearOutput, Mlp, Query};
-            matches!(role, Mlp | LinearInput | LinearOutput | Query | KeyValue)
+            use Role::{AttentionOutput, KeyValue, LinearInput, LinearOutput, Mlp, MlpUp, Query};
+            matches!(
+                role,
+                Mlp | MlpUp | LinearInput | LinearOutput | Query | AttentionOutput | KeyValue
+            )
         };
         Stored::converted(config, quant, |spec| match config.fp8 && large(spec.role) {
             true => Dtype::Fp8,

@@ -54,10 +54,13 @@ fn random_tensor(spec: &TensorSpec, storage: Storage, seed: u64) -> Result<Tenso
     let mut buffer = AlignedBuf::new(bytes);
     for (plane, bytes) in format.split(&mut buffer).into_iter().enumerate() {
         let seed = seed ^ ((plane as u64) << 24);
-        // Parts are whole panels, so that no block is cut.
-        let unit = match format.is_packed() {
-            true => planes(format, cols).nth(plane).map_or(1, |bytes| bytes.len()),
-            false => size_of::<f32>(),
+        // Parts are whole panels or blocks, so that no block is cut.
+        let unit = match format {
+            Format::Blocks(block) => block.bytes(),
+            format if format.is_packed() => {
+                planes(format, cols).nth(plane).map_or(1, |bytes| bytes.len())
+            }
+            _ => size_of::<f32>(),
         };
         bytes.par_chunks_mut((PART_BYTES / unit).max(1) * unit).enumerate().for_each(
             |(part, bytes)| {
