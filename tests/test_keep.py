@@ -528,6 +528,15 @@ def largest(folder: Path) -> int:
     return max(path.stat().st_size for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors.index.json", "model*-00002-of-*"])
+def test_parts_of_a_model_that_are_missing(place: Place, large: Hub, lost: str):
+    """A download that was given up leaves any of its files out."""
+    place.command("pull", NAME)
+    (path,) = (path for path in place.hub.rglob(lost) if path.parent.parent.name == "snapshots")
+    path.unlink()
+    assert path.name in "".join(place.command("verify", NAME, status=1).stdout.split())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
 def test_a_full_disk_while_downloading(place: Place, large: Hub):
     limit = largest(large.folder) - 1

@@ -7,6 +7,7 @@ what they were made from; folders that `export` made, and kept models, have a ma
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 import os
@@ -152,8 +153,11 @@ def _fault(path: Path, against: str, problem: str) -> _Task:
 
 
 def _missing_shards(snapshot: Path) -> Iterator[_Task]:
-    """What the index of a model names and is not there."""
+    """What the index of a model names and is not there, or the index itself."""
     index = snapshot / "model.safetensors.index.json"
+    shards = fnmatch.filter(hub_cache.entries(snapshot), "model*-of-*.safetensors")
+    if shards and not os.path.lexists(index):
+        yield _fault(index, shards[0], "missing")
     with suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
             if not os.path.lexists(snapshot / shard):
