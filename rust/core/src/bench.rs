@@ -112,7 +112,7 @@ impl Kernel for &mut Step {
         let mut next = KeyQueries::default();
         for (head, pending) in &mut self.heads {
             let d = self.v.len() / self.gates.len();
-            next.fill_isa(s, d, &self.q, &self.k);
+            next.fill_isa(s, d, &self.q, &self.k, pending);
             head.step_isa(s, &next, pending, &self.gates, d, &self.v, d, &mut self.y, d);
             pending.advance(&next);
         }

@@ -245,7 +245,7 @@ fn delta_rule_file(name: &str) {
                     for first in (0..gates.len()).step_by(MAX_TOKENS) {
                         let end = (first + MAX_TOKENS).min(gates.len());
                         let (k_part, v_part) = (first * d_k..end * d_k, first * d_v..end * d_v);
-                        next.fill_isa(s, d_k, &q[k_part.clone()], &k[k_part]);
+                        next.fill_isa(s, d_k, &q[k_part.clone()], &k[k_part], pending);
                         let gates = &gates[first..end];
                         let (v, y) = (&v[v_part.clone()], &mut y[v_part]);
                         value.step_isa(s, &next, pending, gates, d_v, v, d_v, y, d_v);

@@ -7,21 +7,27 @@
 //! S is stored in blocks of 16 columns, [d_v / 16, d_k, 16]: columns are independent, a block stays
 //! in the first-level cache for all tokens of a call, and no product needs a horizontal sum.
 //!
-//! The update is deferred. A pass over a block takes the next chunk of up to
-//! [`Isa::DELTA_TOKENS`] tokens: it adds the previous chunk's update to each row while it reads S
-//! for this chunk, so that S is read and written once. With G_t = g_1 + .. + g_t inside a chunk,
+//! The update is deferred. A window of up to [`Isa::DELTA_TOKENS`] tokens is pending: S is as it was
+//! before them. A pass over a block takes the next chunk of tokens. If they fit into the window, it
+//! only reads S; otherwise it adds the update of the window to each row while it reads S, and they
+//! are a new window. So single tokens write S once in a while. With G_t = g_1 + .. + g_t inside a
+//! window,
 //!
 //!     e_t = beta_t (v_t - exp(G_t) S^T k_t - sum_{s<t} exp(G_t - G_s) (k_t . k_s) e_s)
 //!     y_t = exp(G_t) S^T q_t + sum_{s<=t} exp(G_t - G_s) (q_t . k_s) e_s
-//!     S  <- exp(G_A) S + sum_s exp(G_A - G_s) k_s e_s^T                  (with the next pass)
+//!     S  <- exp(G_A) S + sum_s exp(G_A - G_s) k_s e_s^T          (with the next window's pass)
 //!
 //! q and k arrive normalised, q scaled by d_k^(-1/2). All arithmetic is f32.
 
-use super::{AHEAD, dot, load_some, store_some};
+use super::{ask, dot, load_some, store_some};
 use crate::simd::{Isa, LANES};
 
-/// The most tokens in a chunk, on any instruction set.
+/// The most tokens in a chunk and in a window, on any instruction set.
 pub const MAX_CHUNK: usize = 4;
+
+/// Bytes between the row in work and the one that memory is asked for. Of 4 to 24 KiB this was best on a
+/// Zen 5, by 0.94 of the time with 8 KiB.
+const STATE_AHEAD: usize = 12288;
 
 /// Columns of state that a value head's rows are padded to.
 pub fn padded(d_v: usize) -> usize {
@@ -32,15 +38,18 @@ pub fn padded(d_v: usize) -> usize {
 #[derive(Clone, Default)]
 pub struct KeyQueries {
     chunks: Vec<Chunk>,
+    keys: Vec<f32>, // [tokens, d_k]
     d_k: usize,
 }
 
 #[derive(Clone, Default)]
 struct Chunk {
     tokens: usize,
+    /// Tokens that are pending already and stay so: the chunk joins their window.
+    kept: usize,
     /// [d_k, 2, tokens]: a row's keys, then its queries.
     rows: Vec<f32>,
-    /// k_t . k_s and q_t . k_s.
+    /// k_t . k_s and q_t . k_s, where s counts the tokens of the window.
     kk: [[f32; MAX_CHUNK]; MAX_CHUNK],
     qk: [[f32; MAX_CHUNK]; MAX_CHUNK],
 }
@@ -48,28 +57,42 @@ struct Chunk {
 impl KeyQueries {
     /// Bytes on the heap for `tokens` tokens, at most.
     pub fn bytes_of(tokens: usize, d_k: usize) -> usize {
-        tokens * (size_of::<Chunk>() + 4 * 2 * d_k)
+        tokens * (size_of::<Chunk>() + 4 * 3 * d_k)
     }
 
-    /// Takes normalised keys and queries. q, k: [tokens, d_k].
+    /// Takes normalised keys and queries that follow those of `before`. q, k: [tokens, d_k].
     #[inline(always)]
-    pub fn fill_isa<S: Isa>(&mut self, s: S, d_k: usize, q: &[f32], k: &[f32]) {
+    pub fn fill_isa<S: Isa>(
+        &mut self,
+        s: S,
+        d_k: usize,
+        q: &[f32],
+        k: &[f32],
+        before: &PendingKeys,
+    ) {
         self.d_k = d_k;
+        self.keys.clear();
+        self.keys.extend_from_slice(k);
         let tokens = k.len() / d_k;
         self.chunks.resize_with(tokens.div_ceil(S::DELTA_TOKENS), Chunk::default);
         for (c, chunk) in self.chunks.iter_mut().enumerate() {
             let first = c * S::DELTA_TOKENS;
             let n = S::DELTA_TOKENS.min(tokens - first);
             chunk.tokens = n;
+            chunk.kept = if before.tokens + tokens <= S::DELTA_TOKENS { before.tokens } else { 0 };
             chunk.rows.resize(2 * n * d_k, 0.0);
+            let (k, q) = (&k[first * d_k..], &q[first * d_k..]);
+            match n {
+                1 => interleave::<1>(k, q, &mut chunk.rows),
+                2 => interleave::<2>(k, q, &mut chunk.rows),
+                3 => interleave::<3>(k, q, &mut chunk.rows),
+                _ => interleave::<4>(k, q, &mut chunk.rows),
+            }
             for t in 0..n {
-                let (kt, qt) = (&k[(first + t) * d_k..][..d_k], &q[(first + t) * d_k..][..d_k]);
-                for (row, (k, q)) in chunk.rows.chunks_exact_mut(2 * n).zip(kt.iter().zip(qt)) {
-                    row[t] = *k;
-                    row[n + t] = *q;
-                }
-                for u in 0..=t {
-                    let ku = &k[(first + u) * d_k..][..d_k];
+                let (kt, qt) = (&k[t * d_k..][..d_k], &q[t * d_k..][..d_k]);
+                let kept = before.keys.chunks_exact(d_k).take(chunk.kept);
+                let own = k.chunks_exact(d_k).take(t + 1);
+                for (u, ku) in kept.chain(own).enumerate() {
                     chunk.kk[t][u] = dot(s, kt, ku);
                     chunk.qk[t][u] = dot(s, qt, ku);
                 }
@@ -78,24 +101,42 @@ impl KeyQueries {
     }
 }
 
+/// k, q: [T.., d_k]; out: [d_k, 2, T].
+#[inline(always)]
+fn interleave<const T: usize>(k: &[f32], q: &[f32], out: &mut [f32]) {
+    let out: &mut [[[f32; T]; 2]] = out.as_chunks_mut::<T>().0.as_chunks_mut().0;
+    let d_k = out.len();
+    let mut k_rows: [&[f32]; T] = [&[]; T];
+    let mut q_rows: [&[f32]; T] = [&[]; T];
+    for t in 0..T {
+        (k_rows[t], q_rows[t]) = (&k[t * d_k..][..d_k], &q[t * d_k..][..d_k]);
+    }
+    for (i, [k, q]) in out.iter_mut().enumerate() {
+        for t in 0..T {
+            (k[t], q[t]) = (k_rows[t][i], q_rows[t][i]);
+        }
+    }
+}
+
 /// The keys of the tokens that the state of a key head's value heads does not hold yet.
 #[derive(Clone)]
 pub struct PendingKeys {
     tokens: usize,
-    rows: Vec<f32>, // [d_k, 2, tokens], as in a chunk, with room for the longest
+    keys: Vec<f32>, // [MAX_CHUNK, d_k]
 }
 
 impl PendingKeys {
     /// None yet.
     pub fn new(d_k: usize) -> PendingKeys {
-        PendingKeys { tokens: 0, rows: vec![0.0; 2 * MAX_CHUNK * d_k] }
+        PendingKeys { tokens: 0, keys: vec![0.0; MAX_CHUNK * d_k] }
     }
 
     /// To be called when all value heads have taken `next`.
     pub fn advance(&mut self, next: &KeyQueries) {
         if let Some(last) = next.chunks.last() {
-            self.tokens = last.tokens;
-            self.rows[..last.rows.len()].copy_from_slice(&last.rows);
+            let keys = &next.keys[next.keys.len() - last.tokens * next.d_k..];
+            self.keys[last.kept * next.d_k..][..keys.len()].copy_from_slice(keys);
+            self.tokens = last.kept + last.tokens;
         }
     }
 
@@ -106,11 +147,11 @@ impl PendingKeys {
 
     /// Bytes on the heap.
     pub fn bytes_of(d_k: usize) -> usize {
-        4 * 2 * MAX_CHUNK * d_k
+        4 * MAX_CHUNK * d_k
     }
 
     pub fn bytes(&self) -> usize {
-        size_of_val(&self.rows[..])
+        size_of_val(&self.keys[..])
     }
 }
 
@@ -118,16 +159,16 @@ impl PendingKeys {
 #[derive(Clone)]
 pub struct ValueHead {
     state: Vec<[f32; LANES]>, // [d_v / 16, d_k]
-    /// Update of the pending tokens: exp(G_A - G_s) e_s, [d_v / 16, MAX_CHUNK].
+    /// Update of the window: exp(G_A - G_s) e_s, [d_v / 16, MAX_CHUNK].
     pending: Vec<[[f32; LANES]; MAX_CHUNK]>,
-    /// exp(G_A) of the pending tokens.
+    /// exp(G_A) of the window.
     decay: f32,
 }
 
-/// Factors of one chunk that do not depend on the column.
+/// Factors of one chunk that do not depend on the column. s counts the tokens of the window.
 #[derive(Clone, Copy, Default)]
 struct Factors {
-    decay: [f32; MAX_CHUNK],           // exp(G_t)
+    decay: [f32; MAX_CHUNK],           // exp(G_t), from the start of the chunk
     kk: [[f32; MAX_CHUNK]; MAX_CHUNK], // exp(G_t - G_s) k_t . k_s
     qk: [[f32; MAX_CHUNK]; MAX_CHUNK], // exp(G_t - G_s) q_t . k_s
     rest: [f32; MAX_CHUNK],            // exp(G_T - G_s)
@@ -138,14 +179,17 @@ impl Factors {
     fn new(chunk: &Chunk, gates: &[(f32, f32)]) -> Factors {
         let mut f = Factors::default();
         let mut product = 1.0;
-        let mut since = [0.0; MAX_CHUNK]; // exp(G_t - G_s)
+        // exp(G_t - G_s); what is kept has its decay up to the start of the chunk.
+        let mut since = [0.0; MAX_CHUNK];
+        since[..chunk.kept].fill(1.0);
         for t in 0..chunk.tokens {
             let decay = gates[t].0.exp();
+            let now = chunk.kept + t;
             product *= decay;
-            since[..t].iter_mut().for_each(|x| *x *= decay);
-            since[t] = 1.0;
+            since[..now].iter_mut().for_each(|x| *x *= decay);
+            since[now] = 1.0;
             f.decay[t] = product;
-            for s in 0..=t {
+            for s in 0..=now {
                 f.kk[t][s] = since[s] * chunk.kk[t][s];
                 f.qk[t][s] = since[s] * chunk.qk[t][s];
             }
@@ -164,6 +208,13 @@ impl ValueHead {
             pending: vec![[[0.0; LANES]; MAX_CHUNK]; blocks],
             decay: 1.0,
         }
+    }
+
+    /// Asks for what [`ValueHead::step_isa`] reads first.
+    #[inline(always)]
+    pub fn ask_isa<S: Isa>(&self, s: S) {
+        ask(s, self.state.as_flattened(), STATE_AHEAD);
+        ask(s, self.pending.as_flattened().as_flattened(), usize::MAX);
     }
 
     /// Takes some tokens.
@@ -193,62 +244,69 @@ impl ValueHead {
             *f = Factors::new(chunk, &gates[first..]);
             first += chunk.tokens;
         }
-        let Some(first_chunk) = next.chunks.first() else { return };
-        let before = match before.tokens {
-            // Nothing is pending: the update is zero and the decay 1, whatever the keys.
-            0 => (first_chunk.tokens, &first_chunk.rows[..]),
-            tokens => (tokens, &before.rows[..]),
-        };
         for (b, pending) in self.pending.iter_mut().enumerate() {
             let block = &mut self.state[b * d_k..][..d_k];
             let cols = b * LANES..((b + 1) * LANES).min(d_v);
-            let (mut earlier, mut decay, mut first) = (before, self.decay, 0);
+            // Of the state before the window, until the update is added.
+            let mut decay = self.decay;
+            let (mut earlier, mut first) = ((before.tokens, &before.keys[..]), 0);
             for (c, (chunk, f)) in next.chunks.iter().zip(&factors).enumerate() {
+                let (kept, n) = (chunk.kept, chunk.tokens);
+                let update = if kept > 0 { 0 } else { earlier.0 };
                 let mut p = [s.splat(0.0); MAX_CHUNK];
                 let mut o = [s.splat(0.0); MAX_CHUNK];
                 macro_rules! passes {
-                    ($(($a:literal, $t:literal))*) => {
-                        match (earlier.0, chunk.tokens) {
-                            $(($a, $t) if usize::max($a, $t) <= S::DELTA_TOKENS => {
-                                let update = pending[..$a].try_into().expect("a update rows");
+                    ($($a:literal: $($t:literal)*;)*) => {
+                        match (update, n) {
+                            $($(($a, $t) if usize::max($a, $t) <= S::DELTA_TOKENS => {
                                 pass::<S, $a, $t>(
-                                    s, block, decay, earlier.1, update, &chunk.rows, c == 0,
+                                    s, block, decay, earlier.1, pending, &chunk.rows, c == 0,
                                     (&mut p[..$t]).try_into().expect("t products"),
                                     (&mut o[..$t]).try_into().expect("t products"),
                                 )
-                            })*
+                            })*)*
                             _ => unreachable!("chunks have 1 to DELTA_TOKENS tokens"),
                         }
                     };
                 }
-                passes!((1, 1)(1, 2)(1, 3)(1, 4)(2, 1)(2, 2)(2, 3)(2, 4)(3, 1)(3, 2)(3, 3)(3, 4)(
-                    4, 1
-                )(4, 2)(4, 3)(4, 4));
+                passes!(0: 1 2 3 4; 1: 1 2 3 4; 2: 1 2 3 4; 3: 1 2 3 4; 4: 1 2 3 4;);
+                if update > 0 {
+                    decay = 1.0;
+                }
                 let mut e = [s.splat(0.0); MAX_CHUNK];
-                for t in 0..chunk.tokens {
+                for (e, kept) in e.iter_mut().zip(&pending[..kept]) {
+                    *e = s.load(kept);
+                }
+                for t in 0..n {
                     let row = first + t;
                     let v = load_some(s, &v[row * v_stride..][cols.clone()]);
-                    let minus_decay = s.splat(-f.decay[t]);
-                    let mut error = s.fma(p[t], minus_decay, v);
-                    let mut out = s.mul(o[t], s.splat(f.decay[t]));
-                    for u in 0..t {
+                    let decay = decay * f.decay[t];
+                    let mut error = s.fma(p[t], s.splat(-decay), v);
+                    let mut out = s.mul(o[t], s.splat(decay));
+                    for u in 0..kept + t {
                         error = s.fma(e[u], s.splat(-f.kk[t][u]), error);
                         out = s.fma(e[u], s.splat(f.qk[t][u]), out);
                     }
-                    e[t] = s.mul(error, s.splat(gates[row].1));
-                    out = s.fma(e[t], s.splat(f.qk[t][t]), out);
+                    let now = s.mul(error, s.splat(gates[row].1));
+                    e[kept + t] = now;
+                    out = s.fma(now, s.splat(f.qk[t][kept + t]), out);
                     store_some(s, out, &mut y[row * y_stride..][cols.clone()]);
                 }
-                for t in 0..chunk.tokens {
-                    s.store(s.mul(e[t], s.splat(f.rest[t])), &mut pending[t]);
+                for u in 0..kept + n {
+                    s.store(s.mul(e[u], s.splat(f.rest[u])), &mut pending[u]);
                 }
-                decay = f.decay[chunk.tokens - 1];
-                earlier = (chunk.tokens, &chunk.rows);
-                first += chunk.tokens;
+                decay *= f.decay[n - 1];
+                earlier = (n, &next.keys[first * d_k..]);
+                first += n;
             }
         }
-        if let Some((chunk, f)) = next.chunks.last().zip(factors.get(next.chunks.len() - 1)) {
-            self.decay = f.decay[chunk.tokens - 1];
+        let mut tokens = before.tokens;
+        for (chunk, f) in next.chunks.iter().zip(&factors) {
+            if chunk.kept == 0 && tokens > 0 {
+                self.decay = 1.0;
+            }
+            self.decay *= f.decay[chunk.tokens - 1];
+            tokens = chunk.tokens;
         }
     }
 
@@ -259,7 +317,7 @@ impl ValueHead {
             for (i, row) in block.iter_mut().enumerate() {
                 row.iter_mut().for_each(|x| *x *= self.decay);
                 for t in 0..before.tokens {
-                    let k = before.rows[2 * before.tokens * i + t];
+                    let k = before.keys[t * d_k + i];
                     row.iter_mut().zip(&pending[t]).for_each(|(x, e)| *x += k * e);
                 }
             }
@@ -304,9 +362,10 @@ impl ValueHead {
 /// The most tokens of one call of [`ValueHead::step_isa`].
 pub const MAX_TOKENS: usize = 32;
 
-/// One pass over a block: adds the update of A earlier tokens to each row, and sums the row times
-/// the keys (p) and queries (o) of T tokens. ahead: whether to ask for what lies behind the block, as
-/// the first pass does: of states from memory it takes 0.86 of the time.
+/// One pass over a block: adds the update of A earlier tokens to each row, if there are any, and sums
+/// the row times the keys (p) and queries (o) of T tokens. earlier: the keys of A tokens; ahead: whether
+/// to ask for what lies behind the block, as the first pass does: of states from memory it takes 0.86 of
+/// the time.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn pass<S: Isa, const A: usize, const T: usize>(
@@ -314,35 +373,58 @@ fn pass<S: Isa, const A: usize, const T: usize>(
     block: &mut [[f32; LANES]],
     decay: f32,
     earlier: &[f32],
-    update: &[[f32; LANES]; A],
+    update: &[[f32; LANES]; MAX_CHUNK],
     next: &[f32],
     ahead: bool,
     p: &mut [S::F; T],
     o: &mut [S::F; T],
 ) {
+    let d_k = block.len();
     let decay = s.splat(decay);
     let mut e = [decay; A];
+    let mut keys: [&[f32]; A] = [&[]; A];
     for a in 0..A {
         e[a] = s.load(&update[a]);
+        keys[a] = &earlier[a * d_k..][..d_k];
     }
-    let (mut ps, mut os) = (*p, *o);
-    let earlier: &[[[f32; A]; 2]] = earlier.as_chunks::<A>().0.as_chunks().0;
     let next: &[[[f32; T]; 2]] = next.as_chunks::<T>().0.as_chunks().0;
-    for ((row, [k_before, _]), [k, q]) in block.iter_mut().zip(earlier).zip(next) {
-        if ahead {
-            s.prefetch(&row[..], AHEAD);
-        }
-        let mut x = s.mul(s.load(row), decay);
-        for a in 0..A {
-            x = s.fma(e[a], s.splat(k_before[a]), x);
-        }
-        s.store(x, row);
-        for t in 0..T {
-            ps[t] = s.fma(x, s.splat(k[t]), ps[t]);
-            os[t] = s.fma(x, s.splat(q[t]), os[t]);
-        }
+    let next = &next[..d_k];
+    macro_rules! row {
+        ($i:expr, $row:expr, $sums:expr) => {{
+            let ([p, o], row) = ($sums, $row);
+            if ahead {
+                s.prefetch(&row[..], STATE_AHEAD);
+            }
+            let mut x = s.load(row);
+            if A > 0 {
+                x = s.mul(x, decay);
+                for a in 0..A {
+                    x = s.fma(e[a], s.splat(keys[a][$i]), x);
+                }
+                s.store(x, row);
+            }
+            let [k, q] = &next[$i];
+            for t in 0..T {
+                p[t] = s.fma(x, s.splat(k[t]), p[t]);
+                o[t] = s.fma(x, s.splat(q[t]), o[t]);
+            }
+        }};
     }
-    (*p, *o) = (ps, os);
+    // The two sums of one token would wait for themselves: those of even and odd rows are apart.
+    let mut sums = [[[s.splat(0.0); T]; 2]; 2];
+    let odd = usize::from(T == 1);
+    let (pairs, last) = block.as_chunks_mut::<2>();
+    for (j, [even_row, odd_row]) in pairs.iter_mut().enumerate() {
+        row!(2 * j, even_row, &mut sums[0]);
+        row!(2 * j + 1, odd_row, &mut sums[odd]);
+    }
+    if let [last] = last {
+        row!(d_k - 1, last, &mut sums[0]);
+    }
+    for t in 0..T {
+        p[t] = s.add(sums[0][0][t], sums[1][0][t]);
+        o[t] = s.add(sums[0][1][t], sums[1][1][t]);
+    }
 }
 
 #[cfg(test)]
@@ -368,7 +450,7 @@ mod tests {
         #[inline(always)]
         fn run<S: Isa>(self, s: S) {
             let mut next = KeyQueries::default();
-            next.fill_isa(s, self.d_k, self.q, self.k);
+            next.fill_isa(s, self.d_k, self.q, self.k, self.pending);
             let (d_v, gates) = (self.d_v, self.gates);
             self.head.step_isa(s, &next, self.pending, gates, d_v, self.v, d_v, self.y, d_v);
             self.pending.advance(&next);

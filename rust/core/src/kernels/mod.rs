@@ -21,6 +21,14 @@ use crate::simd::{Isa, LANES};
 /// Zen 5, for weights of every format and for states.
 pub(crate) const AHEAD: usize = 8192;
 
+/// Asks for the first `bytes` bytes of `x`, or all of it.
+#[inline(always)]
+pub(crate) fn ask<S: Isa>(s: S, x: &[f32], bytes: usize) {
+    for line in x[..x.len().min(bytes / size_of::<f32>())].chunks(LANES) {
+        s.prefetch(line, 0);
+    }
+}
+
 /// The first 16 elements of `x`, padded with zeros if there are fewer.
 #[inline(always)]
 pub(crate) fn load_some<S: Isa>(s: S, x: &[f32]) -> S::F {

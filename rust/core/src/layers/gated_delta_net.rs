@@ -8,6 +8,7 @@
 use super::Context;
 use super::linear::{Input, Matrix, project};
 use crate::kernels::activation::gates;
+use crate::kernels::ask;
 use crate::kernels::conv1d::conv1d_silu_isa;
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
 use crate::kernels::norm::{gated_rms_norm_isa, l2_norm_isa};
@@ -201,6 +202,12 @@ impl Unit<'_> {
         v.resize(n * v_width, 0.0);
         y.resize(n * d_v, 0.0);
 
+        // What is read from memory comes while the rest is computed.
+        for (taps, state) in self.layer.conv1d[key].iter().zip(&self.state.conv) {
+            ask(s, taps, usize::MAX);
+            ask(s, state, usize::MAX);
+        }
+        self.state.values.iter().for_each(|value| value.ask_isa(s));
         for (part, (taps, state)) in
             self.layer.conv1d[key].iter().zip(&mut self.state.conv).enumerate()
         {
@@ -223,7 +230,7 @@ impl Unit<'_> {
             l2_norm_isa(s, 1.0 / (d_k as f32).sqrt(), q);
             l2_norm_isa(s, 1.0, k);
         }
-        key_queries.fill_isa(s, d_k, q, k);
+        key_queries.fill_isa(s, d_k, q, k, &self.state.pending);
 
         let z_col = self.layer.in_proj_qkv.width();
         let b_col = z_col + self.layer.in_proj_z.width();

@@ -309,7 +309,7 @@ mod tests {
         assert!((2 * parameters..2 * parameters + 2_000_000).contains(&plan.weights));
         assert_eq!(plan.kv, 4096 * 24_576);
         // States, pending updates and keys, inputs of the convolution.
-        let head = 4 * (128 * 128 + 128 * 4 + 2 * 128 * 4 + 3 * 3 * 128);
+        let head = 4 * (128 * 128 + 128 * 4 + 128 * 4 + 3 * 3 * 128);
         assert_eq!(plan.state, 18 * 16 * head);
         let plan = needs(&config, Quant::W4, &Options::default()).plan(262_144);
         assert_eq!(plan.kv, 262_144 * 12_288);
