@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 def decode_bytes(model: _native.Model, depth: int) -> dict[str, int]:
     """Bytes that a token moves after `depth` others, by the part of a profile that moves them.
 
-    Weights once, state read and written, cache read. A screened head works when the sampler asks.
+    Weights, states and cache read once. States are also written, but not for each token, which is
+    not counted. A screened head works when the sampler asks.
     """
     plan = model.memory_plan(max(depth, 1))
     return {
         "matrices": model.weight_bytes - model.head_bytes,
-        "delta_rule": 2 * plan.state,
+        "delta_rule": plan.state,
         "attention": plan.kv if depth else 0,
         "sampling" if model.head == "screened" else "head": model.head_bytes,
     }
