@@ -14,10 +14,12 @@ import warnings
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import qdelta
 from hostile import FULL, INDEX, LAYER, NAME, PREFIX, edit_config, open_model, refuses
 from qdelta import _native, weights
+from qdelta.cli import cli
 from tiny import VISION_PREFIXES, Container, Stored, make_checkpoint, only_file
 
 
@@ -191,6 +193,21 @@ def test_tensors_nobody_knows_are_no_harm(folder):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr.startswith(f"qdelta: warning: {folder}: tensors that Qwen3.5 does not have")
     assert done.stderr.count("\n") == 2, done.stderr
+    out = folder.parent / "exported"
+    with pytest.warns(UserWarning, match=text.replace("'", ".")):
+        qdelta.export(folder, out)
+    for command in (["inspect"], ["plan", "--ctx", "64"]):
+        command += [str(folder)]
+        told = [line for line in invoke(*command).splitlines() if "are not used" in line]
+        assert len(told) == 1 and told[0].endswith(" and 3 more"), told
+        names = json.loads(invoke(*command, "--json"))["unknown_tensors"]
+        assert len(names) == 6 and "extra" in names
+
+
+def invoke(*command: str) -> str:
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0 and not result.stderr, result.output
+    return result.stdout
 
 
 @pytest.mark.parametrize("name", ["tied", "plain", "MTP unused", "vision unused"])
@@ -211,6 +228,8 @@ def test_usual_tensors_give_no_warning(tmp_path, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weights.open_model(folder)
+    for command in ("inspect", "plan"):
+        assert "are not used" not in invoke(command, str(folder))
 
 
 # ------------------------------------------------------------------------ MLX, MTP, vision

@@ -1,10 +1,11 @@
-"""Plans and tokenizers of GGUF files on the hub: their headers are fetched and nothing else.
+"""Plans, tokenizers and `inspect` of GGUF files on the hub fetch their headers and nothing else.
 
 The hub is a server on loopback; each case runs in a process of its own, see `test_hub`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 from collections.abc import Iterator
@@ -13,10 +14,9 @@ from pathlib import Path
 import pytest
 
 import qdelta
+from demo_gguf import write_parts, write_whole
 from golden_data import GOLDEN
 from loopback_hub import Hub, output, run, serve
-from qdelta import _native, gguf
-from qdelta.source import tokenizer_files
 
 NAME = "Owner/Tiny-GGUF"
 FILE = "tiny-Q8_0.gguf"
@@ -48,22 +48,6 @@ def expected(path: Path) -> str:
     return str(qdelta.plan(path, ctx=300).total)
 
 
-def long_file(folder: Path, header: int, **more: object) -> Path:
-    """The demo as a GGUF file with a header of more than `header` bytes, in a new folder."""
-    folder.mkdir()
-    demo = qdelta.source.locate("demo")
-    source = _native.Checkpoint(str(demo))
-    files = tokenizer_files(demo, source)
-    size = qdelta.load("demo").native.vocab_size
-    entries = gguf.metadata(files, name="long", licence=None, vocab_size=size)
-    extra = [("general.description", "x" * header), *more.items()]
-    out = folder / "long-F32.gguf"
-    _native.export_gguf(source, str(out), dtype="F32", metadata=[*entries, *extra])
-    with out.open("ab") as file:
-        file.write(bytes(16 * MIB))  # holes are allowed
-    return out
-
-
 def test_a_plan_fetches_the_header(hub: Hub, tmp_path: Path):
     size = (hub.folder / FILE).stat().st_size
     assert size > 5 * MIB
@@ -79,6 +63,28 @@ def test_a_plan_fetches_the_header(hub: Hub, tmp_path: Path):
         qdelta.Tokenizer(hub.folder / FILE).encode("Once upon")
     )
     assert hub.sent == {FILE: 3 * MIB}
+
+
+def inspected(hub: Hub, tmp_path: Path, name: str) -> dict:
+    """What `qdelta inspect --json` shows, but for the name that it was given."""
+    code = f"qdelta.cli.cli.main(['inspect', {name!r}, '--json'], standalone_mode=False)"
+    report = json.loads(output(run(f"import qdelta.cli\n{code}", tmp_path, hub.url)))
+    del report["model"]
+    return report
+
+
+def test_inspect_fetches_the_header(hub: Hub, tmp_path: Path):
+    path = hub.folder / FILE
+    local = inspected(hub, tmp_path, str(path))
+    assert hub.requests == []
+    assert inspected(hub, tmp_path, Q8) == local
+    assert hub.sent == {FILE: MIB} and path.stat().st_size > 5 * MIB
+    assert not list((tmp_path / "hf").rglob("*.gguf"))
+    # A file that is here is read.
+    output(run(f"qdelta.pull({Q8!r})", tmp_path, hub.url))
+    before = dict(hub.sent)
+    assert inspected(hub, tmp_path, Q8) == local
+    assert hub.sent == before
 
 
 def test_a_file_that_is_here_is_used(hub: Hub, tmp_path: Path):
@@ -99,24 +105,14 @@ def test_a_file_that_is_here_is_used(hub: Hub, tmp_path: Path):
 
 
 def test_a_long_header(hub: Hub, tmp_path: Path):
-    path = long_file(tmp_path / "long", 3 * MIB)
-    shutil.move(path, hub.folder)
-    assert planned(hub, tmp_path, f"{NAME}:F32") == expected(hub.folder / path.name)
+    path = write_whole(hub.folder / "long-F32.gguf", 3 * MIB, 16 * MIB)
+    assert planned(hub, tmp_path, f"{NAME}:F32") == expected(path)
     assert hub.sent == {path.name: 4 * MIB}
     assert hub.ranges == [f"bytes={a * MIB}-{b * MIB - 1}" for a, b in ((0, 1), (1, 2), (2, 4))]
 
 
 def test_all_parts(hub: Hub, tmp_path: Path):
-    """Of two, the second of which has no tensors."""
-    demo = _native.Checkpoint(str(qdelta.source.locate("demo")))
-    split = {"split.no": 0, "split.count": 2, "split.tensors.count": len(demo.tensors())}
-    first = hub.folder / "long-F32-00001-of-00002.gguf"
-    shutil.move(long_file(tmp_path / "long", MIB, **split), first)
-    second = hub.folder / "long-F32-00002-of-00002.gguf"
-    header = b"GGUF" + struct.pack("<IQQ", 3, 0, len(split))
-    for key, value in {**split, "split.no": 1}.items():
-        header += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<II", 4, value)
-    second.write_bytes(header + bytes(4 * MIB))
+    first, second = write_parts(hub.folder, "long-F32", MIB, 4 * MIB)
     assert planned(hub, tmp_path, f"{NAME}:F32") == expected(first)
     assert hub.sent == {first.name: 2 * MIB, second.name: MIB}
 

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 import qdelta
+from demo_gguf import write_parts
 from golden_data import GOLDEN
 from loopback_hub import COMMIT, Hub, environment, output, program, run, serve
 from qdelta import _native, archive, hub_cache, inventory, keep, weights
@@ -355,19 +356,20 @@ def test_one_gguf_file_is_fetched(ggufs: Hub, tmp_path: Path):
 
 def test_all_parts_of_a_gguf_are_fetched(ggufs: Hub, tmp_path: Path):
     there = Place(tmp_path, ggufs.url)
+    first, second = write_parts(ggufs.folder / "BF16", "x-BF16")
     path = Path(there.python("print(qdelta.pull('Owner/Tiny-GGUF:BF16'))"))
-    assert path.name == "x-BF16-00001-of-00002.gguf"
-    assert (path.parent / "x-BF16-00002-of-00002.gguf").read_bytes() == b"b" * 100
+    assert path.name == first.name
+    assert (path.parent / second.name).read_bytes() == second.read_bytes()
     there.command("export", "Owner/Tiny-GGUF:BF16", tmp_path / "out", "--offline")
     manifest = archive.read_manifest(tmp_path / "out")
     assert manifest.quant == "gguf" and manifest.name == "Owner/Tiny-GGUF:BF16"
     names = {file.name for file in manifest.files}
-    assert names == {path.name, "x-BF16-00002-of-00002.gguf", "README.md"}
+    assert names == {first.name, second.name, "README.md"}
     # Imported under the same name, it is found by it.
     other = Place(tmp_path / "other")
     other.command("import", tmp_path / "out")
     found = archive.find_kept("Owner/Tiny-GGUF:BF16", None, other.cache)
-    assert found is not None and found.read_bytes() == b"a" * 100
+    assert found is not None and found.read_bytes() == first.read_bytes()
     for name in ("Owner/Tiny-GGUF", "Owner/Tiny-GGUF:BF16"):
         assert "3 files, 0 bad" in other.command("verify", name).stderr
     other.command("rm", "--yes", "Owner/Tiny-GGUF")

@@ -64,7 +64,10 @@ def _pull_converted(
         commit = _current_commit(folder, name, quant, revision)
         if commit is None:
             path = hub.resolve(name, revision=revision, progress=progress, papers=True)
-            _write(folder, path, quant, name=name, replace=True, cache=cache, progress=progress)
+            _write(
+                folder, path, _native.Checkpoint(os.fspath(path)), quant,
+                name=name, replace=True, cache=cache, progress=progress,
+            )  # fmt: skip
             commit = _snapshot_of(path).name
             _native.verify(os.fspath(archive.model_in(folder)))  # before anything is removed
         snapshot = hub_cache.snapshot(repo, commit)
@@ -115,7 +118,10 @@ def export(
     out = Path(os.path.abspath(folder))
     path = locate(model, revision=revision, offline=offline, cache=cache, progress=progress)
     called = None if isinstance(model, Path) or Path(model).exists() else model
-    _write(out, path, quant, name=called, replace=False, cache=cache, progress=progress)
+    _write(
+        out, path, weights.open_checkpoint(path), quant,
+        name=called, replace=False, cache=cache, progress=progress,
+    )  # fmt: skip
     return out
 
 
@@ -160,6 +166,7 @@ def _check_name(name: str) -> None:
 def _write(
     out: Path,
     path: Path,
+    checkpoint: _native.Checkpoint,
     quant: str | None,
     *,
     name: str | None,
@@ -167,7 +174,10 @@ def _write(
     cache: str | Path | None,
     progress: bool | None,
 ) -> None:
-    """Write the model at `path` to the folder `out`. name: what it is called, if known."""
+    """Write the model `checkpoint`, which was opened from `path`, to the folder `out`.
+
+    name: what it is called, if known.
+    """
     held, hub_place = archive.around(path), hub_cache.snapshot_of(path)
     revision = None
     if held:
@@ -180,7 +190,6 @@ def _write(
     if path.suffix == gguf_names.SUFFIX and quant is None:
         contents, model, now = _gguf_parts(path), path.name, "gguf"
     else:
-        checkpoint = _native.Checkpoint(os.fspath(path))
         if quant not in (None, checkpoint.quant):
             now, model = quant, f"model.{quant}.safetensors"
             contents[model] = _converted(checkpoint, path, quant, cache, progress)

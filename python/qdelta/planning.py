@@ -120,6 +120,11 @@ class Source:
         del self._model
 
     @property
+    def unknown_tensors(self) -> list[str] | None:
+        """Names of tensors that Qwen3.5 does not have; None if config.json alone is known."""
+        return None if isinstance(self._model, str) else self._model.unknown_tensors()
+
+    @property
     def quants(self) -> tuple[str, ...]:
         """The formats that its weights can have, of fewest bits first."""
         if not isinstance(self._model, str):

@@ -43,10 +43,12 @@ def located_header(
     offline: bool = False,
     cache: str | Path | None = None,
     progress: bool | None = None,
+    weights: bool = False,
 ) -> Iterator[Path]:
     """The same for the time of the block, where weights need not be there to be read.
 
     Of a name on the hub these are the small files of a checkpoint, or the header of a GGUF file.
+    weights: fetch those of a checkpoint too, for its headers.
     """
     path = _on_this_computer(source, revision, cache)
     if path is not None:
@@ -55,7 +57,11 @@ def located_header(
     name = str(source)
     if hub.split_name(name)[1] is None:
         yield hub.resolve(
-            name, revision=revision, offline=offline, progress=progress, tokenizer_only=True
+            name,
+            revision=revision,
+            offline=offline,
+            progress=progress,
+            tokenizer_only=not weights,
         )
         return
     with TemporaryDirectory(prefix="qdelta-", ignore_cleanup_errors=True) as folder:

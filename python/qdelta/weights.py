@@ -15,7 +15,7 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +36,7 @@ QUANTS = ("auto", "none", *RECIPES, "gguf")
 
 # Below this, quant="auto" computes with the file's own weights: conversion would gain nothing.
 SMALL_BYTES = 64 << 20
-# Names of unknown tensors that a warning tells, and characters of each.
+# Names of unknown tensors that are told, and characters of each.
 _SHOWN = 3
 _names = reprlib.Repr()
 _names.maxstring = 100
@@ -84,14 +84,16 @@ def open_model(
 def open_checkpoint(path: str | Path) -> _native.Checkpoint:
     """Open it, and warn of tensors that would make it another model than this program runs."""
     source = _native.Checkpoint(os.fspath(path))
-    unknown = source.unknown_tensors()
-    if unknown:
-        some = ", ".join(map(_names.repr, unknown[:_SHOWN]))
-        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        warnings.warn(
-            f"{path}: tensors that Qwen3.5 does not have are not used: {some}{more}", stacklevel=2
-        )
+    if unknown := source.unknown_tensors():
+        warnings.warn(f"{path}: {unused_text(unknown)}", stacklevel=2)
     return source
+
+
+def unused_text(unknown: Sequence[str]) -> str:
+    """What is to be said of tensors that are unknown, of which there is at least one."""
+    some = ", ".join(map(_names.repr, unknown[:_SHOWN]))
+    more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+    return f"tensors that Qwen3.5 does not have are not used: {some}{more}"
 
 
 def check_quant(quant: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
@@ -124,6 +124,14 @@ def table_console() -> Console:
 
     # Names may hold brackets, which are no markup. In a pipe nothing is cut to a width.
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
+
+
+def print_unused(console: Console, unknown: Sequence[str]) -> None:
+    """A line of the tensors that Qwen3.5 does not have, if there are any."""
+    from ..weights import unused_text
+
+    if unknown:
+        console.print(unused_text(unknown))
 
 
 def given(options: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import click
 from ..errors import ArgumentError
 from ..memory import size_text
 from .common import (
+    print_unused,
     read_text,
     reading,
     revision_option,
@@ -183,45 +184,44 @@ def inspect(
 ) -> None:
     """Show what a model is: sizes, tensors, types, and the memory it needs.
 
+    Of a GGUF file on the hub only the header is fetched, of other names the model.
+
     \b
       qdelta inspect Qwen/Qwen3.5-4B --ctx 32768
       qdelta inspect Qwen/Qwen3.5-9B --ctx 1010000 --yarn 4
+      qdelta inspect unsloth/Qwen3.5-4B-GGUF:Q4_K_M
       qdelta inspect qwen3.5-4b.w4.safetensors --tensors --verify
     """
-    from .. import _native
-    from ..source import locate
+    from ..source import located_header
 
-    path = locate(model_name, revision=revision, offline=offline, cache=None, progress=None)
-    checkpoint = _native.Checkpoint(str(path))
-    if verify:
-        if checkpoint.quant == "none":
-            raise ArgumentError(f"{model_name}: --verify is for converted files, which have a hash")
-        _native.verify(str(path))
-    config = json.loads(checkpoint.config_json)
-    quant = checkpoint.quant
-    whole = _native.memory_plan(checkpoint, quant=quant, yarn=yarn, kv=kv)
-    ctx = min(ctx, whole.context)
-    plan = _native.memory_plan(checkpoint, quant=quant, context=ctx, yarn=yarn, kv=kv)
-    report = _report(model_name, checkpoint, config, plan)
-    used = yarn if yarn is not None else checkpoint.yarn
-    report["context"] = {
-        "tokens": whole.context,
-        "yarn": None if used == 1 else used,
-        "config_yarn": checkpoint.yarn,
-    }
-    report["verified"] = True if verify else None
+    with located_header(model_name, revision=revision, offline=offline, weights=True) as path:
+        report = _report(model_name, path, ctx=ctx, yarn=yarn, kv=kv, verify=verify)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         _print_report(report, tensors)
 
 
-def _report(name: str, checkpoint: Any, config: dict[str, Any], plan: Any) -> dict[str, Any]:
+def _report(
+    name: str, path: Path, *, ctx: int, yarn: float | None, kv: str, verify: bool
+) -> dict[str, Any]:
     """What `inspect` shows, as plain data. Sizes in bytes."""
+    from .. import _native
     from ..sizes import name_of, parameters
 
+    checkpoint = _native.Checkpoint(str(path))
+    if verify:
+        if checkpoint.quant == "none":
+            raise ArgumentError(f"{name}: --verify is for converted files, which have a hash")
+        _native.verify(str(path))
+    config = json.loads(checkpoint.config_json)
+    quant = checkpoint.quant
+    whole = _native.memory_plan(checkpoint, quant=quant, yarn=yarn, kv=kv)
+    ctx = min(ctx, whole.context)
+    plan = _native.memory_plan(checkpoint, quant=quant, context=ctx, yarn=yarn, kv=kv)
+    used = yarn if yarn is not None else checkpoint.yarn
     text = config.get("text_config", config)
-    tensors = [
+    tensors: list[dict[str, Any]] = [
         {"name": n, "type": dtype, "shape": list(shape), "bytes": size, "file": file}
         for n, dtype, shape, size, file in checkpoint.tensors()
     ]
@@ -244,12 +244,19 @@ def _report(name: str, checkpoint: Any, config: dict[str, Any], plan: Any) -> di
         },
         "types": types,
         "tensors": tensors,
+        "unknown_tensors": checkpoint.unknown_tensors(),
         "memory": {
             "ctx": plan.context,
             "kv_type": plan.kv_format,
             **memory,
             "total": sum(memory.values()),
         },
+        "context": {
+            "tokens": whole.context,
+            "yarn": None if used == 1 else used,
+            "config_yarn": checkpoint.yarn,
+        },
+        "verified": True if verify else None,
     }
 
 
@@ -262,6 +269,7 @@ def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
     if report["verified"]:
         console.print("hash verified")
     console.print(_context_line(report["context"]))
+    print_unused(console, report["unknown_tensors"])
     table = Table("setting", "value", title="Config", title_justify="left")
     for key, value in report["config"].items():
         table.add_row(key, str(value))

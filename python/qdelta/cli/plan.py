@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import click
 
 from ..memory import parse_bytes, size_text, usable_memory
 from .bench import counts
-from .common import QUANTS, revision_option, yarn_option
+from .common import QUANTS, print_unused, revision_option, table_console, yarn_option
 
 if TYPE_CHECKING:
     from ..planning import MemoryPlan
@@ -115,7 +114,7 @@ def plan(
     assert model is not None
     plans: dict[tuple[str, str, int], MemoryPlan] = {}
     with open_source(model, revision=revision, cache=cache, offline=offline) as source:
-        most = source.plan(yarn=yarn).ctx
+        most, unknown = source.plan(yarn=yarn).ctx, source.unknown_tensors
         for one_quant in quant or source.quants:
             for one_kv in kv:
                 for n in ctx:
@@ -129,20 +128,20 @@ def plan(
             {**asdict(p), "total": p.total, "fits": None if there is None else p.fits(there)}
             for p in plans.values()
         ]
-        click.echo(json.dumps({"memory": there, "plans": entries}, indent=2))
+        report = {"memory": there, "unknown_tensors": unknown, "plans": entries}
+        click.echo(json.dumps(report, indent=2))
     else:
-        _print(source.name, list(plans.values()), there)
+        _print(source.name, list(plans.values()), there, unknown or [])
 
 
-def _print(name: str, plans: list[MemoryPlan], there: int | None) -> None:
+def _print(name: str, plans: list[MemoryPlan], there: int | None, unknown: list[str]) -> None:
     """A table, what exceeds the memory marked."""
-    from rich.console import Console
     from rich.table import Table
 
-    # Names may hold brackets, which are no markup. In a pipe nothing is cut to a width.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
+    console = table_console()
     sessions = plans[0].sessions
     console.print(f"{name}, {sessions} session" + "s" * (sessions != 1))
+    print_unused(console, unknown)
     memory = "unknown" if there is None else size_text(there)
     console.print(f"memory to spare: {memory}; tokenizer, about {size_text(plans[0].tokenizer)}")
     table = Table()
