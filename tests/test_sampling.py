@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -196,20 +198,63 @@ def test_top_k_breaks_ties_by_id():
     assert top_k(row, 1).tolist() == [1]
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999999, 1.0])
+def sorted_nucleus(weights: np.ndarray, top_p: float, min_p: float) -> list[int]:
+    """The twin: sorts everything, and adds whole numbers one by one."""
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])  # of equal ones the first first
+    if top_p < 1:
+        unit = 2.0 ** (62 - len(weights).bit_length())
+        shares = [int(float(weights[i]) * unit) for i in order]
+        sums = list(itertools.accumulate(shares))
+        target = Fraction(top_p) * sums[-1]
+        order = order[: 1 + next(n for n, sum in enumerate(sums) if sum >= target)]
+    return sorted(i for i in order if weights[i] >= min_p)
+
+
+ROWS = {
+    **{f"normal {s}": lambda rng, s=s: rng.normal(0, s, 3000) for s in (0.01, 1.0, 8.0, 60.0)},
+    "all equal": lambda rng: np.full(3000, 7.0),
+    "two values": lambda rng: rng.integers(0, 2, 3000),
+    "few values": lambda rng: rng.integers(0, 6, 3000) * 2.5,
+    "one": lambda rng: np.zeros(1),
+    "two": lambda rng: np.array([0.0, 0.0]),
+    "most are banned": lambda rng: np.where(rng.random(3000) < 0.9, -np.inf, rng.normal(size=3000)),
+    "all but one are banned": lambda rng: np.where(np.arange(3000) == 1234, 0.0, -np.inf),
+    "one is far above": lambda rng: np.where(np.arange(3000) == 99, 300.0, rng.normal(size=3000)),
+}
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.25, 0.5, 0.9, 0.999999, 1 - 2**-53, 1.0])
 @pytest.mark.parametrize("min_p", [0.0, 1e-5, 0.1, 1.0])
-@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0, 60.0])
-def test_nucleus_equals_a_full_sort(top_p, min_p, spread):
-    row = np.random.default_rng(4).normal(0, spread, 5000).astype(np.float32)
-    weights = np.exp(row - row.max())
-    order = np.argsort(-weights, kind="stable")
-    sums = weights[order].cumsum(dtype=np.float64)
-    n = int(sums.searchsorted(top_p * weights.sum(dtype=np.float64))) + 1
-    order = order[:n]
-    order = order[weights[order] >= min_p]
-    got = nucleus(row, top_p, min_p)
-    assert abs(len(got) - len(order)) <= (1 if top_p > 0.99 else 0)  # sums of float64 differ
-    assert got[: len(order)].tolist() == order[: len(got)].tolist()
+@pytest.mark.parametrize("row", ROWS)
+def test_nucleus_equals_a_full_sort(top_p, min_p, row):
+    logits = ROWS[row](np.random.default_rng(4)).astype(np.float32)
+    weights = np.exp(logits - logits.max())
+    assert nucleus(weights, top_p, min_p).tolist() == sorted_nucleus(weights, top_p, min_p)
+
+
+def test_nucleus_of_many_rows():
+    """Each with ties, a target that some sum may hit, and its own slope."""
+    rng = np.random.default_rng(7)
+    for _ in range(300):
+        logits = np.round(rng.normal(0, rng.uniform(0, 12), rng.integers(1, 400)), 1)
+        weights = np.exp((logits - logits.max()).astype(np.float32))
+        top_p = float(rng.choice([rng.random(), rng.integers(1, 8) / 8, 1 - rng.random() ** 9]))
+        if top_p > 0:
+            assert nucleus(weights, top_p, 0.0).tolist() == sorted_nucleus(weights, top_p, 0.0)
+
+
+def test_nucleus_of_a_vocabulary():
+    logits = np.random.default_rng(1).normal(0, 3, 248_320).astype(np.float32)
+    weights = np.exp(logits - logits.max())
+    for top_p in (0.01, 0.95, 0.9999):
+        assert nucleus(weights, top_p, 0.0).tolist() == sorted_nucleus(weights, top_p, 0.0)
+
+
+@pytest.mark.parametrize("order", ["temperature_first", "temperature_last"])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_the_coldest_temperature(settings, order):
+    sampling = Sampling(temperature=5e-324, order=order, **settings)
+    assert Sampler(sampling, limit=3).choose(Row([1.0, 1.5, 1.4])) == 1
 
 
 # Processors

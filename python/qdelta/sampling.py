@@ -19,6 +19,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -162,8 +163,7 @@ class Sampler:
         if self._greedy:
             return ids[0]
         sampling = self._sampling
-        scale = 1.0 / sampling.temperature
-        filtered_at = scale if sampling.order == "temperature_first" else 1.0
+        scale, filtered_at = _scales(sampling)
         weights = [math.exp((logit - best) * filtered_at) for logit in logits]
         sums = list(accumulate(weights))
         n = len(sums)
@@ -196,15 +196,21 @@ class Sampler:
         sampling = self._sampling
         k = min(sampling.top_k, len(row))
         if 0 < k <= _MAX_LISTED:
-            ids = top_k(row, k)
-            return self._choose_listed(ids.tolist(), row[ids].tolist())
-        ids = top_k(row, k) if k > 0 else np.arange(len(row))
-        scale = np.float32(1.0 / sampling.temperature)
+            best_ids = top_k(row, k)
+            return self._choose_listed(best_ids.tolist(), row[best_ids].tolist())
+        ids = top_k(row, k) if k > 0 else None
+        below = (row if ids is None else row[ids]) - np.float32(best)
+        scale, filtered_at = map(np.float32, _scales(sampling))
+        weights = np.exp(below * filtered_at)
         if sampling.top_p < 1.0 or sampling.min_p > 0.0:
-            filtered_at = scale if sampling.order == "temperature_first" else np.float32(1.0)
-            ids = ids[nucleus(row[ids] * filtered_at, sampling.top_p, sampling.min_p)]
-        sums = np.exp((row[ids] - np.float32(best)) * scale).cumsum(dtype=np.float64)
-        return int(ids[sums.searchsorted(self._random.random() * sums[-1], side="right")])
+            kept = nucleus(weights, sampling.top_p, sampling.min_p)
+            ids = kept if ids is None else ids[kept]
+            below, weights = below[kept], weights[kept]
+        if filtered_at != scale:
+            weights = np.exp(below * scale)
+        sums = weights.cumsum(dtype=np.float64)
+        place = sums.searchsorted(self._random.random() * sums[-1], side="right")
+        return int(place if ids is None else ids[place])
 
     def _note(self, token: int) -> None:
         if self._n_tokens == len(self._tokens):
@@ -271,23 +277,53 @@ def top_k(row: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     return ids[np.argsort(-row[ids], kind="stable")][:k]
 
 
-def nucleus(row: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.intp]:
-    """Positions of the entries that top_p, then min_p keep, largest first; at least one.
+def nucleus(weights: NDArray[np.float32], top_p: float, min_p: float) -> NDArray[np.intp]:
+    """Positions of the entries that top_p, then min_p keep, in their order; at least one.
 
-    row: float32 [n]. Entries too small to matter are dropped before the sort, which for a whole
-    vocabulary costs as much as a step of a small model.
+    weights: float32 [n], probabilities relative to the largest, which is 1. top_p keeps the fewest
+    that reach it together, largest first and of equal ones the first first.
     """
-    weights = np.exp(row - row.max())
-    target = top_p * float(weights.sum(dtype=np.float64))
-    floor = max(min_p, 1e-3)
-    while True:
-        ids = np.flatnonzero(weights >= floor)
-        if floor <= min_p or float(weights[ids].sum(dtype=np.float64)) >= target:
+    if top_p == 1.0:
+        return np.flatnonzero(weights >= min_p)
+    # Sums of whole numbers are the same in any order. All together have 62 bits.
+    shares = (weights * np.float32(2.0 ** (62 - len(weights).bit_length()))).astype(np.int64)
+    ids = _largest(shares, math.ceil(Fraction(top_p) * int(shares.sum())))
+    return ids[weights[ids] >= min_p]
+
+
+def _largest(shares: NDArray[np.int64], target: int) -> NDArray[np.intp]:
+    """Positions, in order, of the fewest that reach `target`, chosen as `nucleus` says.
+
+    shares: int64 [n], 0 and more. target: 1 up to their sum. Sorting all would cost as much as a
+    step of a small model; halves tell where the last one is.
+    """
+    most = shares.max()
+    for bits in range(8, 63, 9):  # few are large, for rows of a model are steep; 62: all
+        ids = np.flatnonzero(shares >= most >> bits)
+        candidates = shares[ids]
+        if candidates.sum() >= target:
             break
-        floor = max(min_p, floor / 100 if floor > 1e-12 else 0.0)
-    ids = ids[np.argsort(-weights[ids], kind="stable")]
-    sums = weights[ids].cumsum(dtype=np.float64)
-    return ids[: int(sums.searchsorted(target)) + 1]
+    rest, before = candidates, 0
+    while len(rest) > 1:
+        middle = len(rest) // 2
+        rest = np.partition(rest, middle)
+        upper = int(rest[middle:].sum())
+        if before + upper >= target:
+            rest = rest[middle:]
+        else:
+            before += upper
+            rest = rest[:middle]
+    last = int(rest[0])
+    kept = candidates > last
+    missing = target - int(candidates[kept].sum())
+    kept[np.flatnonzero(candidates == last)[: -(-missing // last)]] = True
+    return ids[kept]
+
+
+def _scales(sampling: Sampling) -> tuple[float, float]:
+    """What logits are multiplied by for the draw, and for the filters before it."""
+    scale = min(1.0 / sampling.temperature, 1e30)  # colder is the same, and infinite is no number
+    return scale, scale if sampling.order == "temperature_first" else 1.0
 
 
 def _not_finite(best: float) -> Error:
