@@ -3,8 +3,10 @@
 use crate::error::{detached, exception};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyInt, PyList};
+use qdelta_core::files::file_name;
 use qdelta_core::files::gguf::{self, Value};
 use qdelta_core::files::gguf_write::Entry;
+use qdelta_core::files::mmap::Mapping;
 use qdelta_core::model::checkpoint;
 use qdelta_core::model::recipe::Storage;
 use qdelta_core::quant::{BlockType, Format};
@@ -277,5 +279,5 @@ pub fn verify(py: Python<'_>, path: PathBuf) -> PyResult<()> {
 /// it holds too little of it.
 #[pyfunction]
 pub fn gguf_header_bytes(py: Python<'_>, start: PathBuf, length: u64) -> PyResult<Option<usize>> {
-    detached(py, || gguf::header_bytes(&start, length))
+    detached(py, || gguf::header_bytes(&Mapping::open(&start)?.bytes(), length, &file_name(&start)))
 }

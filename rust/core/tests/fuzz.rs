@@ -4,7 +4,7 @@ mod common;
 
 use common::fuzz::TARGETS;
 use common::gguf::{BOOL, File, TEXT, array, f32, i32s, string, text, u32};
-use common::{Tiny, text_config};
+use common::{Stored, Tiny, text_config, values};
 use qdelta_core::convert::Job;
 use qdelta_core::quant::Quant;
 use serde_json::{Value, json};
@@ -51,8 +51,36 @@ fn small_config() -> Value {
     config
 }
 
+/// The same checkpoint with its matrices in FP8.
+fn in_fp8(tiny: &Tiny) -> Tiny {
+    let mut config = tiny.config.clone();
+    config["quantization_config"] =
+        json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]});
+    let mut tensors = Vec::new();
+    for (i, stored) in tiny.tensors.iter().enumerate() {
+        let [rows, cols] = stored.shape[..] else {
+            tensors.push(stored.clone());
+            continue;
+        };
+        let blocks: Vec<usize> = [rows, cols].iter().map(|n| n.div_ceil(128)).collect();
+        let scales = values(i + 1, blocks.iter().product());
+        tensors.push(Stored {
+            dtype: "F8_E4M3".to_owned(),
+            data: vec![0x38 + i as u8; rows * cols],
+            ..stored.clone()
+        });
+        tensors.push(Stored::new(&format!("{}_scale_inv", stored.name), "BF16", &blocks, &scales));
+    }
+    Tiny { config, tensors, metadata: tiny.metadata.clone() }
+}
+
+/// As the target takes a folder.
+fn as_folder(tiny: &Tiny) -> Vec<u8> {
+    [tiny.config.to_string().as_bytes(), &[0], &tiny.bytes()].concat()
+}
+
 /// Valid inputs of each target.
-fn seeds() -> [(&'static str, Vec<Vec<u8>>); 4] {
+fn seeds() -> [(&'static str, Vec<Vec<u8>>); 5] {
     let config = small_config();
     let gguf = File::model(&config, None);
     let mut other = gguf.clone();
@@ -82,6 +110,7 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 4] {
         ("safetensors", vec![tiny.bytes(), convert(Quant::W4)]),
         ("config", configs.iter().map(|config| config.to_string().into_bytes()).collect()),
         ("converted", vec![convert(Quant::W4), convert(Quant::W8)]),
+        ("folder", vec![as_folder(&tiny), as_folder(&in_fp8(&tiny))]),
     ]
 }
 

@@ -68,13 +68,11 @@ pub fn starts_like_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(MAGIC)
 }
 
-/// Bytes that metadata and tensor table take at the start of a file of which `path` holds the first
-/// bytes, `length` being those of the whole file. None: `path` holds too few to tell.
-pub fn header_bytes(path: &Path, length: u64) -> Result<Option<usize>> {
-    let bytes = Mapping::open(path)?.bytes();
-    let file = file_name(path);
-    let mut reader = Reader::of_start(&bytes, length, &file);
-    match read_header(&bytes, &mut reader) {
+/// Bytes that metadata and tensor table take in a file of `length` bytes that starts with `start`.
+/// None: that is too little to tell. file: its name, for errors.
+pub fn header_bytes(start: &Bytes, length: u64, file: &str) -> Result<Option<usize>> {
+    let mut reader = Reader::of_start(start, length, file);
+    match read_header(start, &mut reader) {
         Ok(_) => Ok(Some(reader.at())),
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::UnexpectedEof => Ok(None),
         Err(error) => Err(error),
