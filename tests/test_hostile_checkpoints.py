@@ -232,6 +232,42 @@ def test_usual_tensors_give_no_warning(tmp_path, name):
         assert "are not used" not in invoke(command, str(folder))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "x" * 2**20},
+        {"hidden_act": "\x1b[2J\n\r\u202egelu" * 40},
+        {"hidden_size": [1] * 2**20},
+        {"dtype": "\n" * 2**20},
+        {"quantization_config": {"quant_method": "fp8", "fmt": "\x07" * 2**20}},
+    ],
+    ids=lambda changes: f"{next(iter(changes))} {str(changes)[-10:]!r}",
+)
+def test_refusals_of_values_are_short(folder, changes):
+    """And on one line, with nothing that would steer a terminal."""
+    edit_config(folder, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    calls = [lambda: qdelta.plan(config)]
+    if "dtype" not in changes:  # of config.json alone
+        calls += [lambda: qdelta.load(folder), lambda: qdelta.plan(folder)]
+    for call in calls:
+        with pytest.raises(qdelta.Error) as caught:
+            call()
+        assert "config.json: " in str(caught.value)
+        assert len(str(caught.value)) < 700 and str(caught.value).isprintable()
+
+
+def test_inspect_shows_what_files_say_in_short(folder):
+    edit_config(folder, note="\x1b[2J" * 2**18)
+    path = only_file(folder)
+    container = Container.read(path)
+    container.tensors["\x1b[2J\n" * 2**16] = Stored("I64", [1], bytes(8))
+    container.write(path)
+    shown = invoke("inspect", str(folder), "--tensors")
+    assert "\\x1b[2J" in shown and "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) < 1500
+
+
 # ------------------------------------------------------------------------ MLX, MTP, vision
 
 

@@ -349,6 +349,16 @@ def test_values_out_of_range(name, value, expected):
         Sampling(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "logit_bias", "order"])
+def test_errors_are_short(name):
+    for value in ("\x1b[2J\n" * 100_000, [1] * 100_000, 10**400, -(10**400), {"x" * 100_000: 1}):
+        if (name, value) == ("top_k", 10**400):
+            continue
+        with pytest.raises(qdelta.ArgumentError) as caught:
+            Sampling(**{name: value})
+        assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+
+
 def test_bias_beyond_the_vocabulary():
     with pytest.raises(qdelta.ArgumentError, match="token 37, the vocabulary has 37"):
         Sampler(Sampling(logit_bias={37: 1.0}), limit=37)

@@ -112,7 +112,7 @@ class Source:
         text = model if isinstance(model, str) else model.config_json
         try:
             self._config = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(f"{name}: config.json: not valid JSON: {error}") from None
 
     def close(self) -> None:
@@ -204,7 +204,11 @@ def open_source(
         model, revision=revision, offline=offline, cache=cache, progress=False
     ) as path:
         if path.is_dir() and not Path(model).exists() and str(model) != "demo":
-            yield Source((path / "config.json").read_text(encoding="utf-8"), str(model))
+            try:
+                text = (path / "config.json").read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise FileError(f"{model}: config.json: not UTF-8 at byte {error.start}") from None
+            yield Source(text, str(model))
             return
         source = Source(_native.Checkpoint(str(path)), str(model))
         try:

@@ -16,6 +16,7 @@ processors are given, the whole row comes over.
 from __future__ import annotations
 
 import math
+import reprlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -69,26 +70,28 @@ class Sampling:
         if self.seed is not None:
             self._check_integer("seed", 0)
         if self.order not in ("temperature_first", "temperature_last"):
+            found = reprlib.repr(self.order)
             raise ArgumentError(
-                f'order: "temperature_first" or "temperature_last" expected, got {self.order!r}'
+                f'order: "temperature_first" or "temperature_last" expected, got {found}'
             )
         object.__setattr__(self, "logit_bias", _check_bias(self.logit_bias))
 
     def _check_number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
-        number = isinstance(value, (int, float, np.integer, np.floating))
-        if not number or isinstance(value, bool):
-            raise ArgumentError(f"{name}: a number expected, got {value!r}")
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise ArgumentError(f"{name}: a number expected, got {reprlib.repr(value)}")
+        number = _float(value)
+        if not math.isfinite(number) or not low <= number <= high or (above and number == low):
             first = f"above {low:g}" if above else f"{low:g} or more"
             last = "" if math.isinf(high) else f", {high:g} or less"
-            raise ArgumentError(f"{name}: {first}{last} expected, got {value}")
-        object.__setattr__(self, name, float(value))
+            raise ArgumentError(f"{name}: {first}{last} expected, got {number:g}")
+        object.__setattr__(self, name, number)
 
     def _check_integer(self, name: str, low: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-            raise ArgumentError(f"{name}: an integer of {low} or more expected, got {value!r}")
+            found = reprlib.repr(value)
+            raise ArgumentError(f"{name}: an integer of {low} or more expected, got {found}")
         object.__setattr__(self, name, int(value))
 
     def but(self, **changes: Any) -> Sampling:
@@ -340,12 +343,22 @@ def _check_bias(bias: Any) -> dict[int, float]:
         if isinstance(key, str) and key.isdecimal():  # JSON has no other keys
             key = int(key)
         if isinstance(key, bool) or not isinstance(key, (int, np.integer)) or not 0 <= key < 2**31:
-            raise ArgumentError(f"logit_bias: token ids expected as keys, got {key!r}")
+            raise ArgumentError(f"logit_bias: token ids expected as keys, got {reprlib.repr(key)}")
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or (math.isnan(value) or value == math.inf)
+            or math.isnan(number := _float(value))
+            or number == math.inf
         ):
-            raise ArgumentError(f"logit_bias: a number below infinity expected, got {value!r}")
-        checked[int(key)] = float(value)
+            found = reprlib.repr(value)
+            raise ArgumentError(f"logit_bias: a number below infinity expected, got {found}")
+        checked[int(key)] = number
     return checked
+
+
+def _float(value: Any) -> float:
+    """A number as a float; infinite if it is larger than any."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

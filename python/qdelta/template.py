@@ -91,7 +91,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", None)
             place = f"{file_name}:{line}" if line else file_name
-            raise FileError(f"{place}: not a valid template: {error}") from error
+            raise FileError(f"{place}: not a valid template: {str(error)[:300]}") from error
 
     def render(
         self,

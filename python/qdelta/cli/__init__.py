@@ -14,6 +14,7 @@ import click
 
 from ..errors import Error
 from . import bench, eval, files, keep, plan, talk
+from .common import printable
 
 HELP = """Run the Qwen3.5 small models (0.8B, 2B, 4B, 9B) on this computer's CPU.
 
@@ -87,7 +88,7 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """A warning on one line, without the place in the program."""
-    click.echo(f"qdelta: warning: {_printable(str(message))}", err=True)
+    click.echo(f"qdelta: warning: {printable(str(message))}", err=True)
 
 
 def _line(error: Error | OSError) -> str:
@@ -96,9 +97,4 @@ def _line(error: Error | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = re.sub(r" \(os error \d+\)$", "", error.strerror)
         text = f"{error.filename}: {text}" if error.filename else text
-    return _printable(text)
-
-
-def _printable(text: str) -> str:
-    """The text with characters escaped that would steer a terminal; names may hold them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text)

@@ -126,6 +126,17 @@ def table_console() -> Console:
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
+def printable(text: str) -> str:
+    """The text with characters escaped that would steer a terminal; names may hold them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """A text of a file for a table: printable, and not without end."""
+    most = 200
+    return printable(text if len(text) <= most else text[:most] + "…")
+
+
 def print_unused(console: Console, unknown: Sequence[str]) -> None:
     """A line of the tensors that Qwen3.5 does not have, if there are any."""
     from ..weights import unused_text

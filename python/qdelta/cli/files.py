@@ -15,6 +15,7 @@ from .common import (
     read_text,
     reading,
     revision_option,
+    shown,
     table_console,
     threads_option,
     yarn_option,
@@ -272,17 +273,17 @@ def _print_report(report: dict[str, Any], list_tensors: bool) -> None:
     print_unused(console, report["unknown_tensors"])
     table = Table("setting", "value", title="Config", title_justify="left")
     for key, value in report["config"].items():
-        table.add_row(key, str(value))
+        table.add_row(shown(key), shown(str(value)))
     console.print(table)
     table = Table("type", "tensors", "size", title="Types", title_justify="left")
     for name, entry in report["types"].items():
-        table.add_row(name, str(entry["tensors"]), size_text(entry["bytes"]))
+        table.add_row(shown(name), str(entry["tensors"]), size_text(entry["bytes"]))
     console.print(table)
     if list_tensors:
         table = Table("tensor", "type", "shape", "size", title="Tensors", title_justify="left")
         for tensor in report["tensors"]:
             shape = " x ".join(map(str, tensor["shape"]))
-            table.add_row(tensor["name"], tensor["type"], shape, size_text(tensor["bytes"]))
+            table.add_row(shown(tensor["name"]), tensor["type"], shape, size_text(tensor["bytes"]))
         console.print(table)
     title = f"Memory for a context of {memory['ctx']}"
     table = Table("part", "size", title=title, title_justify="left")

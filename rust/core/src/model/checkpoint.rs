@@ -467,7 +467,7 @@ fn check_scales(matrix: &Tensor, found: &FileTensor) -> Result<Tensor> {
     let place = found.place();
     let float = |dtype: &Dtype| dtype.is_float() && *dtype != Dtype::Fp8;
     let dtype = found.known_dtype().filter(float).ok_or_else(|| {
-        Error::File(format!("{place}: dtype {}, expected BF16, F16 or F32", found.dtype))
+        Error::File(format!("{place}: dtype {}, expected BF16, F16 or F32", short(&found.dtype)))
     })?;
     let shape: Vec<usize> = matrix.shape.iter().map(|n| n.div_ceil(fp8::BLOCK)).collect();
     if found.shape != shape {

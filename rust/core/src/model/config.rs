@@ -315,7 +315,7 @@ fn quantiser(settings: &Value) -> String {
     details.extend(number("bits").or(number("w_bit")).map(|bits| format!("{bits} bits")));
     details.extend(number("group_size").map(|size| format!("groups of {size}")));
     if let Some(block) = settings.get("weight_block_size").and_then(Value::as_array) {
-        let sizes: Vec<String> = block.iter().take(2).map(Value::to_string).collect();
+        let sizes: Vec<String> = block.iter().take(2).map(shown).collect();
         details.push(format!("blocks of {}", sizes.join(" x ")));
     }
     let details: Vec<String> = details;
@@ -465,7 +465,8 @@ impl Reader<'_> {
                     let value = settings.get(name).filter(|v| !v.is_null()).unwrap_or(&default);
                     if *value != only {
                         return Err(unsupported(format!(
-                            "its `{name}` is {value}, only {only} is supported"
+                            "its `{name}` is {}, only {only} is supported",
+                            shown(value)
                         )));
                     }
                 }
@@ -962,6 +963,20 @@ mod tests {
                 if key == "layer_types" { &format!("[{}]", [&*json; 4].join(",")) } else { &json };
             let error = with(key, value).expect_err(key).to_string();
             assert!(error.len() < 500 && !error.contains(['\u{1b}', '\u{202e}']), "{error}");
+        }
+        for (method, key) in [
+            ("fp8", "weight_block_size"),
+            ("fp8", "fmt"),
+            ("fp8", "activation_scheme"),
+            ("awq", "weight_block_size"),
+            ("awq", "format"),
+        ] {
+            let settings = format!(
+                r#"{{"quant_method": "{method}", "weight_block_size": [128, 128],
+                "{key}": [{json}, {json}]}}"#
+            );
+            let error = with("quantization_config", &settings).expect_err(key).to_string();
+            assert!(error.len() < 1200 && !error.contains(['\u{1b}', '\u{202e}']), "{error}");
         }
     }
 
