@@ -436,6 +436,26 @@ def test_wrong_usage():
         assert done.stdout == "" and "Usage:" in done.stderr
 
 
+def test_mistakes_about_files_say_what_to_do(tmp_path: Path):
+    out = tmp_path / "out.safetensors"
+    for args, words in (
+        (("convert", "demo", "-o", tmp_path / "x.gguf"), "give --to gguf, or another name"),
+        (("convert", "demo", "-o", out, "--recipe", "w5"), "'w5' is no file, and no recipe: bal"),
+    ):
+        assert words in run(*args, status=2).stderr
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for args, words in (
+        (("convert", "demo", "-o", tmp_path / "no" / "x.safetensors"), "no: no such folder"),
+        (("inspect", tmp_path), "for a GGUF file in it name the file, as a.gguf"),
+        (("pull", "demo"), "'demo': is on this computer, and no name on the hub (as Qwen/"),
+        (("inspect", "Qwen3.5-4B"), "no such file or folder, and no name on the hub (as Qwen/"),
+        (("inspect", "./nothing"), "no such file or folder, and no name on the hub (as Qwen/"),
+        (("pull", "a/b:Q8_0", "--only", "gguf:Q8_0"), "names a GGUF file already"),
+    ):
+        assert words in run(*args, status=1).stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.gguf"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c():
     process = subprocess.Popen(
@@ -449,6 +469,22 @@ def test_ctrl_c():
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert b"Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize(
+    "args", [("eval", "demo", "--text"), ("convert", "demo", "-o", "x.safetensors", "--calibrate")]
+)
+def test_ctrl_c_is_one_line(args: tuple[str, ...], tmp_path: Path):
+    text = tmp_path / "text"
+    os.mkfifo(text)
+    command = qdelta_command(*args, text)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path)
+    with text.open("wb"):  # waits until the command reads
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.strip() == b"qdelta: stopped", err
+    assert list(tmp_path.iterdir()) == [text]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes differ")

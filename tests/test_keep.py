@@ -496,6 +496,26 @@ def test_a_killed_download_keeps_what_is_whole(place: Place, hub: Hub):
     assert not listed(place) and not keep_files(place, ".incomplete"), unfinished
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_ends_a_pull_at_once(place: Place, hub: Hub):
+    """Though the client's threads wait for a server that does not answer."""
+    held = "model.safetensors-00002-of-00002.safetensors"
+    release = hub.hold(held)
+    command = [sys.executable, "-m", "qdelta", "pull", NAME]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=place.environment()) as process:
+        deadline = time.monotonic() + 60
+        while held not in hub.fetched():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=5)  # the server waits for longer
+    assert process.returncode == 130 and err.split(b"\n")[-2:] == [b"qdelta: stopped", b""], err
+    assert b"Traceback" not in err
+    release()
+    place.command("pull", NAME)
+    assert place.tokens().startswith("none ")
+
+
 @pytest.mark.parametrize("only", [None, "w4"])
 def test_two_processes_at_once(place: Place, hub: Hub, only: str | None):
     code = f"print(qdelta.pull({NAME!r}, only={only!r}))"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from . import _native, gguf_names, hub_cache
 from . import progress as bars
@@ -23,6 +24,8 @@ from .vocabulary import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
+
+T = TypeVar("T")
 
 # With the settings of pictures, for when they are read.
 SMALL_FILES = (
@@ -40,9 +43,8 @@ PAPERS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*")
 _FIRST_STEP = 1 << 20
 _MOST_HEADER = 256 << 20
 
-_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w./-]+))?", re.ASCII)
+_NAME = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w./-]+))?", re.ASCII)
 _ABSENT = "no such folder, and the hub has no such model, or HF_TOKEN must allow it"
-_NO_MODEL = "{!r}: no such file or folder, and no name on the hub (as Qwen/Qwen3.5-0.8B)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,22 @@ def split_name(name: str) -> tuple[str, str | None]:
     """The repository, and the GGUF type or file after a colon. Raises ArgumentError."""
     match = _NAME.fullmatch(name)
     if not match:
-        raise ArgumentError(_NO_MODEL.format(name))
+        raise ArgumentError(_no_model(name))
     return match[1], match[2]
+
+
+def _on_hub(name: str) -> tuple[str, str | None]:
+    """The same of what is to be fetched: models of the family have an owner."""
+    repo, wanted = split_name(name)
+    if "/" not in repo:
+        raise ArgumentError(_no_model(name))
+    return repo, wanted
+
+
+def _no_model(name: str) -> str:
+    here = name == "demo" or Path(name).exists()
+    why = "is on this computer" if here else "no such file or folder"
+    return f"{name!r}: {why}, and no name on the hub (as Qwen/Qwen3.5-0.8B)"
 
 
 def resolve(
@@ -79,7 +95,7 @@ def resolve(
     Raises ArgumentError for what can be no name, and for a GGUF type that is missing or unclear;
     FileAccessError if the model cannot be had.
     """
-    repo, wanted = split_name(name)
+    repo, wanted = _on_hub(name)
     offline = offline or _never_online()
     extras = PAPERS if papers else ()
     if wanted is not None:
@@ -112,7 +128,7 @@ def resolve_header(
     as long as the hub's, with the header alone; a hole that takes no room, where the file system
     has holes, stands for the weights. Raises as `resolve`, and FileError for a damaged header.
     """
-    repo, wanted = split_name(name)
+    repo, wanted = _on_hub(name)
     assert wanted is not None
     listed = _gguf_files(repo, revision, offline or _never_online())
     model = _choose_gguf(repo, wanted, listed)
@@ -253,10 +269,33 @@ def _fetch(
     from huggingface_hub import snapshot_download
 
     with _hub_errors(repo, revision, offline), _bars(progress):
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, local_files_only=offline
+        folder = _apart(
+            lambda: snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, local_files_only=offline
+            )
         )
     return Path(folder)
+
+
+def _apart(work: Callable[[], T]) -> T:
+    """The result of `work`, which a thread of its own does, so that Ctrl-C ends the wait at once.
+
+    The client has threads, too, for whose files it waits when it is interrupted.
+    """
+    from concurrent.futures import Future, wait
+
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="qdelta-fetch", daemon=True).start()
+    while not result.done():
+        wait([result], timeout=0.2)  # without an end, Windows would not let Ctrl-C through
+    return result.result()
 
 
 def _never_online() -> bool:
@@ -300,15 +339,15 @@ def _hub_errors(repo: str, revision: str | None = None, offline: bool = False) -
     )
 
     unreachable = (
-        f"the hub at {constants.ENDPOINT} cannot be reached, and its cache here lacks the model; "
-        "check the network, or give the path of a folder"
+        f"no such folder, the hub at {constants.ENDPOINT} cannot be reached, and its cache here "
+        "lacks the model; check the name and the network"
     )
     try:
         yield
     except Error:
         raise
     except HFValidationError as error:
-        raise ArgumentError(f"{_NO_MODEL.format(repo)}: {error}") from error
+        raise ArgumentError(f"{_no_model(repo)}: {error}") from error
     except Exception as error:
         # The client's HTTP library has exceptions of its own, which change between versions.
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -343,4 +382,4 @@ def _answer(error: HfHubHTTPError) -> str:
         return _ABSENT
     if status == 403:
         return "the hub refuses access (403); set HF_TOKEN to a token that allows it"
-    return f"the hub answered {status}: {' '.join(said.split())}"
+    return f"the hub answered {status}: {' '.join(said.split())[:300]}"

@@ -50,7 +50,9 @@ def full_name(name: str, only: str | None) -> str:
     if only in (None, *weights.RECIPES):
         return name
     kind, _, wanted = only.partition(":")
-    if kind != "gguf" or not wanted or hub.split_name(name)[1] is not None:
+    if kind == "gguf" and wanted and hub.split_name(name)[1] is not None:
+        raise ArgumentError(f"{name}: names a GGUF file already; give it without only={only!r}")
+    if kind != "gguf" or not wanted:
         names = ", ".join(weights.RECIPES)
         raise ArgumentError(f"only is {only!r}, expected {names} or gguf:TYPE, as gguf:Q4_K_M")
     return f"{name}:{wanted}"
@@ -143,7 +145,9 @@ def import_folder(
         raise FileError(f"{source}: no {archive.MANIFEST}, expected a folder made by export")
     name = name or manifest.name
     if name is None:
-        raise ArgumentError(f"{source}: comes from no hub, so it has no name; give one")
+        raise ArgumentError(
+            f"{source}: comes from no hub, so it has no name; give one with name= (--as)"
+        )
     _check_name(name)
     with step_counter(f"Verifying {source.name}", manifest.bytes, progress) as step:
         problems = [(f.name, archive.problem(source, f, step)) for f in manifest.files]

@@ -99,7 +99,10 @@ def build(files: Mapping[str, bytes]) -> Vocabulary:
     elif "vocab.json" in files and "merges.txt" in files:
         bpe, added = _from_vocab_and_merges(files, config), {}
     else:
-        raise FileError("tokenizer.json: missing, and there are no vocab.json and merges.txt")
+        raise FileError(
+            "tokenizer.json: missing, and there are no vocab.json and merges.txt; the folder needs "
+            "them beside the weights"
+        )
     for token in _added_in_config(config):
         known = added.setdefault(token.id, token)
         if known.text != token.text:

@@ -25,8 +25,9 @@ HELP = """Run the Qwen3.5 small models (0.8B, 2B, 4B, 9B) on this computer's CPU
   qdelta plan Qwen/Qwen3.5-9B                what of it fits into memory here?
   qdelta bench --synthetic 0.8B              how fast would that be here?
 
-A MODEL is a name on the Hugging Face Hub, a checkpoint folder, a converted file, a folder that
-`qdelta export` made, or "demo".
+A MODEL is a name on the Hugging Face Hub, with :TYPE for one of several GGUF files, as
+unsloth/Qwen3.5-4B-GGUF:Q4_K_M; a checkpoint folder, a GGUF file, a converted file, a folder that
+`qdelta export` made; or "demo".
 """
 
 
@@ -60,8 +61,10 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(err=True)
-        sys.exit(128 + signal.SIGINT)
+        click.echo("qdelta: stopped", err=True)
+        _drop_output()
+        # The interpreter would wait for threads that still fetch files.
+        os._exit(128 + signal.SIGINT)
     except BrokenPipeError:
         _drop_output()
         sys.exit(0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, FileAccessError
 from ..memory import size_text
 from .common import (
     print_unused,
@@ -98,6 +99,15 @@ def convert(
     from .. import _native, recipes, weights
     from ..source import locate
 
+    if not Path(out).absolute().parent.is_dir():
+        raise FileAccessError(errno.ENOENT, "no such folder", str(Path(out).parent))
+    if to != "gguf" and out.endswith(".gguf"):
+        raise click.UsageError("--out ends in .gguf; give --to gguf, or another name")
+    if recipe not in ("auto", "gguf", *weights.RECIPES) and not Path(recipe).exists():
+        raise click.BadParameter(
+            f"{recipe!r} is no file, and no recipe: {', '.join(weights.RECIPES)}",
+            param_hint="--recipe",
+        )
     path = locate(model_name, revision=revision, offline=offline, cache=None, progress=None)
     source = weights.open_checkpoint(path)
     if to == "gguf":

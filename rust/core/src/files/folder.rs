@@ -42,8 +42,15 @@ impl Folder {
     pub fn open(path: &Path) -> Result<Folder> {
         let (config_json, config) = match read_text(&path.join(CONFIG), MOST_CONFIG) {
             Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                let ggufs = names_ending(path, ".gguf")?;
+                let instead = match ggufs.first() {
+                    Some(name) => {
+                        format!("; for a GGUF file in it name the file, as {}", short(name))
+                    }
+                    None => String::new(),
+                };
                 return Err(Error::File(format!(
-                    "{}: no {CONFIG}, expected a checkpoint folder as Hugging Face holds it",
+                    "{}: no {CONFIG}, expected a checkpoint folder as Hugging Face holds it{instead}",
                     path.display()
                 )));
             }

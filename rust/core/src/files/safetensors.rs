@@ -75,7 +75,9 @@ pub fn read_header(bytes: &[u8], file: &str) -> Result<Header> {
             return Err(wrong(format!("begins at {begin}, ends at {end}")));
         }
         if end > data {
-            return Err(wrong(format!("ends at {end}, the file has {data} bytes of data")));
+            return Err(wrong(format!(
+                "ends at {end}, the file has {data} bytes of data; it is cut short or damaged"
+            )));
         }
         let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |n, dim| n.checked_mul(*dim));
         match bits {
@@ -210,7 +212,7 @@ mod tests {
         };
         for (header, data, expected) in [
             (tensor("[2]", "4", "0"), 4, "tensor `t`: begins at 4, ends at 0"),
-            (tensor("[2]", "0", "4"), 3, "tensor `t`: ends at 4, the file has 3 bytes of data"),
+            (tensor("[2]", "0", "4"), 3, "tensor `t`: ends at 4, the file has 3 bytes of data;"),
             (tensor("[3]", "0", "4"), 4, "tensor `t`: 4 bytes, expected 6 for BF16 [3]"),
             (
                 tensor("[4294967296, 4294967296]", "0", "0"),
