@@ -342,7 +342,7 @@ class kernels:  # a module
     def matmul(isa: str, format: str, rows: int, cols: int, tokens: int, repeats: int) -> float:
         """A random [rows, cols] matrix times `tokens` rows.
 
-        format: bf16, f16, f32, w8, w8_planes, w4, w4_nl, w4_k, w5_k or w6_k.
+        format: bf16, f16, f32, or one of panels as docs/formats.md lists them, like w4_k.
         """
 
     @staticmethod

@@ -13,14 +13,12 @@ use std::time::{Duration, Instant};
 
 /// The matrix format called `name`.
 pub fn format_named(name: &str) -> Result<Format> {
-    [Format::Bf16, Format::F16, Format::F32]
-        .into_iter()
-        .chain(Format::encoded())
-        .find(|format| format.name() == name)
-        .ok_or_else(|| {
-            let names = "bf16, f16, f32, w8, w8_planes, w4, w4_nl, w4_k, w5_k, w6_k";
-            Error::Argument(format!("format is `{name}`, expected one of: {names}"))
-        })
+    let packed = Format::PACKED.into_iter().filter(|format| *format != Format::W8Affine);
+    let formats = || [Format::Bf16, Format::F16, Format::F32].into_iter().chain(packed.clone());
+    formats().find(|format| format.name() == name).ok_or_else(|| {
+        let names = formats().map(Format::name).collect::<Vec<_>>().join(", ");
+        Error::Argument(format!("format is `{name}`, expected one of: {names}"))
+    })
 }
 
 /// Time of `repeats` products of a random matrix with `tokens` rows.

@@ -1,6 +1,6 @@
 //! Random numbers for synthetic weights and benchmarks.
 
-use crate::quant::{BlockType, Format, k, w4, w8, w8_planes};
+use crate::quant::{BlockType, Format, affine, k, w4, w8, w8_planes};
 use crate::simd::LANES;
 use half::{bf16, f16};
 
@@ -55,10 +55,20 @@ impl Random {
             Format::W4K => self.fill_blocks(k::W4K_BYTES, (4 * LANES, scale / 1024.0), bytes),
             Format::W5K => self.fill_blocks(k::W5K_BYTES, (4 * LANES, scale / 2048.0), bytes),
             Format::W6K => self.fill_blocks(k::W6K_BYTES, (2 * LANES, scale / 4096.0), bytes),
+            Format::W4NlK => self.fill_blocks(k::W4NLK_BYTES, (2 * LANES, scale / 8192.0), bytes),
+            // Codes with an offset of the same size are nine and seventeen scales in the mean.
+            Format::W4Affine => {
+                let first = affine::SCALE_BYTES;
+                self.fill_blocks(affine::W4_BYTES, (first, scale / 16.0), bytes);
+            }
+            Format::W5Affine => {
+                let first = affine::SCALE_BYTES;
+                self.fill_blocks(affine::W5_BYTES, (first, scale / 32.0), bytes);
+            }
             Format::Blocks(BlockType::Q8_0) => {
                 self.fill_blocks(BlockType::Q8_0.bytes(), (2, scale / 128.0), bytes);
             }
-            Format::Fp8 | Format::W8Affine | Format::W4NlK | Format::Blocks(_) => {
+            Format::Fp8 | Format::W8Affine | Format::Blocks(_) => {
                 panic!("random matrices are not made in {}", format.name())
             }
         }

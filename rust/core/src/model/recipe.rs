@@ -214,6 +214,8 @@ mod tests {
             (&head, BlockType::Q6K, "head.w6_k", [3, 2 * 3392]),
             (&up, BlockType::Iq4Xs, "up.w4_nl_k", [3, 2 * 2240]),
             (&up, BlockType::Q3K, "up.w6_k", [3, 2 * 3392]),
+            (&up, BlockType::Q4_1, "up.w4_affine", [3, 16 * 320]),
+            (&head, BlockType::Q5_1, "head.w5_affine", [3, 16 * 384]),
             (&up, BlockType::Q2K, "up.q2_k", [40, 2 * 84]),
         ] {
             let found = stored(Quant::Gguf, spec, Dtype::Blocks(block));

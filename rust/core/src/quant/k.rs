@@ -39,9 +39,9 @@
 
 use super::ggml::HALF;
 use super::search::{self, Codes, Integers};
-use super::w4::put_nibbles;
+use super::w4::{nibble, put_nibbles};
 use super::w4_nl;
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_halves, add_scaled, subtract_offsets};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_halves, add_offsets, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -50,10 +50,10 @@ pub const SUPER: usize = 256;
 pub(super) const GROUPS: usize = SUPER / GROUP;
 const HALVES: usize = 2 * GROUPS;
 
-/// Bytes of one vector of codes.
-const STEP: usize = 4 * LANES;
 /// Bytes of the low nibbles of a group.
 pub(super) const NIBBLES: usize = GROUP_STEPS / 2 * STEP;
+/// Bytes of a group's codes of five bits.
+pub(super) const FIVE_BITS: usize = STEP + NIBBLES;
 
 /// The scales of W4K and W5K.
 pub(super) const A: usize = 2 * 2 * LANES;
@@ -66,7 +66,7 @@ pub(super) const HALF_BYTES: usize = STEP + NIBBLES / 2;
 const ZERO6: i32 = 32;
 
 pub const W4K_BYTES: usize = AFFINE + GROUPS * NIBBLES;
-pub const W5K_BYTES: usize = AFFINE + GROUPS * (STEP + NIBBLES);
+pub const W5K_BYTES: usize = AFFINE + GROUPS * FIVE_BITS;
 /// The scales of W4NlK.
 pub(super) const TABLED: usize = A6 + GROUPS * LANES;
 
@@ -78,13 +78,14 @@ pub struct W4K;
 pub struct W5K;
 pub struct W6K;
 
-/// d a and m b of group `g`, a row a lane.
+/// d a and -m b of group `g`, a row a lane.
 #[inline(always)]
 fn affine<S: Isa>(s: S, block: &[u8], g: usize) -> (S::F, S::F) {
     let halves = block.as_chunks().0;
     let (d, m) = (s.load_f16(&halves[0]), s.load_f16(&halves[1]));
     let bytes = block[A..AFFINE].as_chunks().0;
-    (s.mul(d, s.load_u8(&bytes[g])), s.mul(m, s.load_u8(&bytes[GROUPS + g])))
+    let offset = s.mul(m, s.load_u8(&bytes[GROUPS + g]));
+    (s.mul(d, s.load_u8(&bytes[g])), s.sub(s.splat(0.0), offset))
 }
 
 fn decode_affine(block: &[u8], row: usize, g: usize, code: u8) -> f32 {
@@ -94,10 +95,37 @@ fn decode_affine(block: &[u8], row: usize, g: usize, code: u8) -> f32 {
     d * byte(A) * f32::from(code) - m * byte(B)
 }
 
-/// The low nibble of a code among those of its group.
-fn nibble(codes: &[u8], row: usize, col: usize) -> u8 {
-    let byte = codes[col / 8 * STEP + 4 * row + col % 4];
-    if col % 8 < 4 { byte & 15 } else { byte >> 4 }
+/// Exact integer dot products of a group's codes of five bits with M tokens.
+#[inline(always)]
+pub(super) fn five_bit_dots<S: Isa, const M: usize>(
+    s: S,
+    codes: &[u8; FIVE_BITS],
+    x: Group<'_, M>,
+) -> [S::I; M] {
+    let (plane, steps) = codes.as_chunks().0.split_first().expect("a plane is there");
+    let plane = s.load_bytes(plane);
+    let mut dots = [s.splat_i32(0); M];
+    macro_rules! steps {
+        ($(($t:literal, $first:literal, $second:literal))*) => {$(
+            let w = s.load_bytes(&steps[$t]);
+            let first = s.insert_bits::<$first, 0x10>(s.low_nibbles(w), plane);
+            let second = s.insert_bits::<$second, 0x10>(s.high_nibbles(w), plane);
+            for m in 0..M {
+                dots[m] = s.dot_codes(dots[m], first, s.splat_bytes(x.codes[2 * $t][m]));
+                dots[m] = s.dot_codes(dots[m], second, s.splat_bytes(x.codes[2 * $t + 1][m]));
+            }
+        )*};
+    }
+    // Bit t of the plane becomes bit 4.
+    steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
+    dots
+}
+
+/// A code of five bits among those of its group.
+pub(super) fn five_bit_code(codes: &[u8], row: usize, col: usize) -> u8 {
+    let (plane, nibbles) = codes.split_at(STEP);
+    let high = plane[4 * row + col % 4] >> (col / 4) & 1;
+    nibble(nibbles, row, col) | high << 4
 }
 
 impl Packed for W4K {
@@ -125,7 +153,7 @@ impl Packed for W4K {
         let dots = s.dot_nibbles_group(&codes[g], 0, x.codes, x.sums);
         let (scales, offsets) = affine(s, block, g);
         add_scaled(s, dots, scales, x.scales, acc);
-        subtract_offsets(s, offsets, x, acc);
+        add_offsets(s, offsets, x.totals, acc);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
@@ -156,34 +184,16 @@ impl Packed for W5K {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (groups, _) =
-            block[AFFINE..].as_chunks::<STEP>().0.as_chunks::<{ GROUP_STEPS / 2 + 1 }>();
-        let (plane, steps) = groups[g].split_first().expect("a plane is there");
-        let plane = s.load_bytes(plane);
-        let mut dots = [s.splat_i32(0); M];
-        macro_rules! steps {
-            ($(($t:literal, $first:literal, $second:literal))*) => {$(
-                let w = s.load_bytes(&steps[$t]);
-                let first = s.insert_bits::<$first, 0x10>(s.low_nibbles(w), plane);
-                let second = s.insert_bits::<$second, 0x10>(s.high_nibbles(w), plane);
-                for m in 0..M {
-                    dots[m] = s.dot_codes(dots[m], first, s.splat_bytes(x.codes[2 * $t][m]));
-                    dots[m] = s.dot_codes(dots[m], second, s.splat_bytes(x.codes[2 * $t + 1][m]));
-                }
-            )*};
-        }
-        // Bit t of the plane becomes bit 4.
-        steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
+        let dots = five_bit_dots(s, &block[AFFINE..].as_chunks().0[g], x);
         let (scales, offsets) = affine(s, block, g);
         add_scaled(s, dots, scales, x.scales, acc);
-        subtract_offsets(s, offsets, x, acc);
+        add_offsets(s, offsets, x.totals, acc);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        let (g, col) = (col / GROUP, col % GROUP);
-        let (plane, codes) = block[AFFINE + g * (STEP + NIBBLES)..].split_at(STEP);
-        let high = plane[4 * row + col % 4] >> (col / 4) & 1;
-        decode_affine(block, row, g, nibble(codes, row, col) | high << 4)
+        let g = col / GROUP;
+        let code = five_bit_code(&block[AFFINE + g * FIVE_BITS..], row, col % GROUP);
+        decode_affine(block, row, g, code)
     }
 }
 
@@ -295,7 +305,7 @@ impl Encode for W5K {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
         let put = |g: usize, codes: &[[u8; LANES]; GROUP], block: &mut [u8]| {
-            let (plane, nibbles) = block[AFFINE + g * (STEP + NIBBLES)..].split_at_mut(STEP);
+            let (plane, nibbles) = block[AFFINE + g * FIVE_BITS..].split_at_mut(STEP);
             put_nibbles(codes, &mut nibbles.as_chunks_mut().0[..GROUP_STEPS / 2]);
             plane.fill(0);
             for (col, codes) in codes.iter().enumerate() {
@@ -347,7 +357,7 @@ fn encode_affine<S: Isa>(
         let mut codes = [[0u8; LANES]; GROUP];
         for (w, codes) in w.iter().zip(&mut codes) {
             let mut q = [0.0; LANES];
-            s.store(search::level(s, levels, s.div(s.add(s.load(w), m), divisor)), &mut q);
+            s.store(search::level(s, levels, s.div(s.sub(s.load(w), m), divisor)), &mut q);
             *codes = q.map(|q| q as u8);
         }
         put(g, &codes, block);

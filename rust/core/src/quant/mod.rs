@@ -3,11 +3,13 @@
 //! Float matrices are row-major as the checkpoint holds them ([`float`], [`fp8`]), and so are the
 //! blocks of GGUF files ([`ggml`]). The formats that kernels multiply with cut a matrix into panels of 16
 //! output rows, so that one vector holds one value of each row and no product needs a horizontal
-//! sum. The columns of a panel are cut into groups of 32, and a few groups make a block: two in
-//! [`w4`], [`w8`], [`w4_nl`] and [`w8_affine`], eight in those of [`k`]. Rows are padded to a whole
-//! panel and columns to a whole block, with codes that mean zero. [`w8_planes`] keeps the high and
-//! the low half of W8 codes apart. [`reorder`] makes panels of a GGUF file's blocks.
+//! sum. The columns of a panel are cut into groups of 32, and some groups make a block: two in
+//! [`w4`], [`w8`], [`w4_nl`] and [`w8_affine`], one in the formats of [`affine`], eight in those of
+//! [`k`]. Rows are padded to a whole panel and columns to a whole block, with codes that mean zero.
+//! [`w8_planes`] keeps the high and the low half of W8 codes apart. [`reorder`] makes panels of a
+//! GGUF file's blocks.
 
+pub mod affine;
 pub mod float;
 pub mod fp8;
 pub mod ggml;
@@ -38,6 +40,8 @@ pub const BLOCK: usize = 2 * GROUP;
 /// Dot products of four columns in a group, and in a block.
 pub const GROUP_STEPS: usize = GROUP / 4;
 pub const BLOCK_STEPS: usize = BLOCK / 4;
+/// Bytes of one vector of codes.
+const STEP: usize = 4 * LANES;
 
 /// What the weights of a model are turned into.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,7 +114,8 @@ pub enum Format {
     W8Affine,
     W4,
     W4Nl,
-    /// With the numbers of a block type that no recipe rounds to, as W8Affine.
+    W4Affine,
+    W5Affine,
     W4NlK,
     W4K,
     W5K,
@@ -120,12 +125,14 @@ pub enum Format {
 }
 
 impl Format {
-    pub const PACKED: [Format; 9] = [
+    pub const PACKED: [Format; 11] = [
         Format::W8,
         Format::W8Planes,
         Format::W8Affine,
         Format::W4,
         Format::W4Nl,
+        Format::W4Affine,
+        Format::W5Affine,
         Format::W4NlK,
         Format::W4K,
         Format::W5K,
@@ -153,6 +160,8 @@ impl Format {
             Format::W8Affine => "w8_affine",
             Format::W4 => "w4",
             Format::W4Nl => "w4_nl",
+            Format::W4Affine => "w4_affine",
+            Format::W5Affine => "w5_affine",
             Format::W4NlK => "w4_nl_k",
             Format::W4K => "w4_k",
             Format::W5K => "w5_k",
@@ -166,9 +175,10 @@ impl Format {
         Format::PACKED.into_iter().chain(BlockType::ALL.map(Format::Blocks))
     }
 
-    /// The packed formats that numbers can be rounded to.
+    /// The packed formats that numbers can be rounded to. The others hold those of block types that
+    /// no recipe rounds to.
     pub fn encoded() -> impl Iterator<Item = Format> {
-        let kept = [Format::W8Affine, Format::W4NlK];
+        let kept = [Format::W8Affine, Format::W4Affine, Format::W5Affine, Format::W4NlK];
         Format::PACKED.into_iter().filter(move |format| !kept.contains(format))
     }
 
@@ -278,17 +288,16 @@ fn add_scaled<S: Isa, const M: usize>(
     }
 }
 
-/// acc -= what an offset below all weights of a group takes away.
+/// acc += what an offset of some weights adds. totals: of their activations.
 #[inline(always)]
-fn subtract_offsets<S: Isa, const M: usize>(
+fn add_offsets<S: Isa, const M: usize>(
     s: S,
     offsets: S::F,
-    x: Group<'_, M>,
+    totals: &[f32; M],
     acc: &mut [S::F; M],
 ) {
-    let minus = s.sub(s.splat(0.0), offsets);
     for m in 0..M {
-        acc[m] = s.fma(minus, s.splat(x.totals[m]), acc[m]);
+        acc[m] = s.fma(offsets, s.splat(totals[m]), acc[m]);
     }
 }
 
@@ -319,7 +328,8 @@ fn add_halves<S: Isa, const M: usize>(
 /// Runs `$body` with `$p` naming the type of a format whose panels lie in one plane.
 macro_rules! with_packed {
     ($format:expr, $p:ident => $body:expr) => {
-        with_packed!(@ $format, $p => $body; W8 w8, W8Affine w8_affine, W4 w4, W4Nl w4_nl, W4NlK k, W4K k, W5K k, W6K k)
+        with_packed!(@ $format, $p => $body; W8 w8, W8Affine w8_affine, W4 w4, W4Nl w4_nl,
+            W4Affine affine, W5Affine affine, W4NlK k, W4K k, W5K k, W6K k)
     };
     (@ $format:expr, $p:ident => $body:expr; $($name:ident $module:ident),*) => {
         match $format {

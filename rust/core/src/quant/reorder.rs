@@ -6,15 +6,14 @@
 
 use super::ggml::{HALF, affine_scales, iq4_xs_scale, q3_k_scale};
 use super::k::{self, SUPER};
-use super::{BlockType, Format, GROUP, GROUP_STEPS, PANEL_ROWS, panel_bytes};
-use super::{w4, w8, w8_affine, w8_planes};
+use super::{BlockType, Format, GROUP, GROUP_STEPS, PANEL_ROWS, STEP, panel_bytes};
+use super::{affine, w4, w8, w8_affine, w8_planes};
 use crate::simd::LANES;
 
 /// The codes of a group, four columns a word, the first in the low byte.
 type Words = [u32; GROUP_STEPS];
 
 const LOW_NIBBLES: u32 = 0x0f0f_0f0f;
-const STEP: usize = 4 * LANES;
 
 /// The panel format with the numbers of a block type.
 pub fn panel_format(block: BlockType) -> Format {
@@ -22,11 +21,13 @@ pub fn panel_format(block: BlockType) -> Format {
         BlockType::Q4_0 => Format::W4,
         BlockType::Q8_0 | BlockType::Q5_0 => Format::W8,
         BlockType::Iq4Nl => Format::W4Nl,
+        BlockType::Q4_1 => Format::W4Affine,
+        BlockType::Q5_1 => Format::W5Affine,
         BlockType::Q4K => Format::W4K,
         BlockType::Q5K => Format::W5K,
         BlockType::Q6K | BlockType::Q3K => Format::W6K,
         BlockType::Iq4Xs => Format::W4NlK,
-        BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q2K | BlockType::Mxfp4 => Format::W8Affine,
+        BlockType::Q2K | BlockType::Mxfp4 => Format::W8Affine,
     }
 }
 
@@ -87,6 +88,18 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     };
                     let words = words.map(|word| word ^ 0x8080_8080);
                     put_words(&mut codes[g % 2 * GROUP_STEPS * STEP..], row, words);
+                }
+            }
+            BlockType::Q4_1 | BlockType::Q5_1 => {
+                let bytes =
+                    if block == BlockType::Q4_1 { affine::W4_BYTES } else { affine::W5_BYTES };
+                for (block, out) in blocks.zip(out.chunks_exact_mut(bytes)) {
+                    let (scales, codes) = out.split_at_mut(affine::SCALE_BYTES);
+                    put_half(scales, row, block);
+                    put_half(scales, LANES + row, &block[2..]);
+                    let (bits, nibbles) = block[4..].split_at(block.len() - 4 - HALF);
+                    let high = bits.first_chunk().map(|bits| spread(u32::from_le_bytes(*bits)));
+                    put_group(codes, row, &split_nibbles(nibbles), high);
                 }
             }
             BlockType::Q4K | BlockType::Q5K => {
@@ -151,6 +164,30 @@ fn put_nibbles(codes: &mut [u8], row: usize, words: &[u32]) {
     }
 }
 
+/// Puts one row's codes of four or five bits into a group. high: the words of the fifth bits, where
+/// there are some, as the lowest of their bytes.
+fn put_group(group: &mut [u8], row: usize, words: &Words, high: Option<Words>) {
+    let (plane, codes) = group.split_at_mut(group.len() - k::NIBBLES);
+    put_nibbles(codes, row, words);
+    if let Some(high) = high {
+        put_plane(plane, row, high);
+    }
+}
+
+/// Puts the low bits of one row's codes, as many as share a byte, into a plane.
+fn put_plane<const N: usize>(plane: &mut [u8], row: usize, words: [u32; N]) {
+    let width = 8 / N;
+    let mask = ((1 << width) - 1) * 0x0101_0101;
+    let bits = words.iter().rev().fold(0, |bits, word| bits << width | word & mask);
+    plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
+}
+
+/// The bits of 32 columns, a byte each.
+fn spread(bits: u32) -> Words {
+    // A product puts bit i of four at bit 8 i.
+    std::array::from_fn(|t| (bits >> (4 * t) & 15).wrapping_mul(0x0020_4081) & 0x0101_0101)
+}
+
 /// Q4_K and Q5_K: d and dmin (f16), twelve bytes of scales, high bits in Q5_K, nibbles.
 fn reorder_affine(block: &[u8], row: usize, out: &mut [u8]) {
     let has_plane = block.len() == BlockType::Q5K.bytes();
@@ -166,13 +203,8 @@ fn reorder_affine(block: &[u8], row: usize, out: &mut [u8]) {
         let bytes = &nibbles[g / 2 * 32..];
         let words: Words = std::array::from_fn(|t| word(bytes, t) >> (g % 2 * 4) & LOW_NIBBLES);
         let group = &mut out[k::AFFINE + g * group_bytes..][..group_bytes];
-        let (plane, codes) = group.split_at_mut(group_bytes - k::NIBBLES);
-        put_nibbles(codes, row, &words);
-        if has_plane {
-            let bit = |t: usize| (word(high, t) >> g & 0x0101_0101) << t;
-            let bits = (0..GROUP_STEPS).fold(0, |bits, t| bits | bit(t));
-            plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
-        }
+        let high = has_plane.then(|| std::array::from_fn(|t| word(high, t) >> g));
+        put_group(group, row, &words, high);
     }
 }
 
@@ -215,9 +247,7 @@ fn put_half_group(out: &mut [u8], row: usize, half: usize, scale: u8, codes: [(u
     out[k::A6 + half * LANES + row] = scale;
     let (plane, nibbles) = out[k::SIGNED + half * k::HALF_BYTES..].split_at_mut(STEP);
     put_nibbles(&mut nibbles[..k::HALF_BYTES - STEP], row, &codes.map(|(low, _)| low));
-    let pair = |t: usize| (codes[t].1 & 0x0303_0303) << (2 * t);
-    let bits = (0..4).fold(0, |bits, t| bits | pair(t));
-    plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
+    put_plane(plane, row, codes.map(|(_, high)| high));
 }
 
 /// The codes of a block as signed bytes, four columns a word.

@@ -10,14 +10,14 @@
 //! code 0, so that the larger half of the code range is used.
 
 use super::search::{self, Codes, Integers};
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
 /// Bytes of the scales at the start of a block.
 pub const SCALE_BYTES: usize = 4 * LANES;
 /// Bytes of a block.
-pub const BLOCK_BYTES: usize = SCALE_BYTES + 8 * 4 * LANES;
+pub const BLOCK_BYTES: usize = SCALE_BYTES + 8 * STEP;
 const ZERO: i32 = 8;
 
 pub struct W4;
@@ -51,7 +51,7 @@ impl Packed for W4 {
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let at = 2 * (col / GROUP * LANES + row);
         let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        scale * (i32::from(code(block, row, col)) - ZERO) as f32
+        scale * (i32::from(nibble(&block[SCALE_BYTES..], row, col)) - ZERO) as f32
     }
 }
 
@@ -73,10 +73,10 @@ pub fn dots<S: Isa, const M: usize>(
     s.dot_nibbles_group(&codes[g], ZERO, x.codes, x.sums)
 }
 
-/// A code of a block.
+/// A code, or its low four bits, among those of some columns.
 #[inline]
-pub fn code(block: &[u8; BLOCK_BYTES], row: usize, col: usize) -> u8 {
-    let byte = block[SCALE_BYTES + col / 8 * 4 * LANES + 4 * row + col % 4];
+pub(super) fn nibble(codes: &[u8], row: usize, col: usize) -> u8 {
+    let byte = codes[col / 8 * STEP + 4 * row + col % 4];
     if col % 8 < 4 { byte & 15 } else { byte >> 4 }
 }
 
@@ -109,14 +109,14 @@ pub(super) fn encode_groups<S: Isa, C: Codes>(
             s.store(C::nearest(s, s.div(s.load(w), divisor)), &mut numbers);
             *codes = numbers.map(&code);
         }
-        let (steps, _) = block[SCALE_BYTES..].as_chunks_mut::<{ 4 * LANES }>();
+        let (steps, _) = block[SCALE_BYTES..].as_chunks_mut::<STEP>();
         put_nibbles(&codes, &mut steps[g * GROUP_STEPS / 2..]);
     }
 }
 
 /// Puts the low four bits of a group's codes into steps of two nibbles.
 #[inline(always)]
-pub(super) fn put_nibbles(codes: &[[u8; LANES]; GROUP], steps: &mut [[u8; 4 * LANES]]) {
+pub(super) fn put_nibbles(codes: &[[u8; LANES]; GROUP], steps: &mut [[u8; STEP]]) {
     for (step, codes) in steps.iter_mut().zip(codes.as_chunks::<8>().0) {
         for r in 0..LANES {
             for i in 0..4 {

@@ -56,7 +56,7 @@ impl Packed for W4Nl {
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let at = 2 * (col / GROUP * LANES + row);
         let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        scale * f32::from(TABLE[usize::from(w4::code(block, row, col))])
+        scale * f32::from(TABLE[usize::from(w4::nibble(&block[SCALE_BYTES..], row, col))])
     }
 }
 

@@ -1,0 +1,104 @@
+//! Formats with one f16 scale and one f16 offset per row and group of 32, which hold the numbers of
+//! Q4_1 and Q5_1: weight = scale code + offset.
+//!
+//! [`W4Affine`] has codes of 4 bits, 5 bits a weight. A block (16 rows, 32 columns) is 320 bytes:
+//!
+//!     16 x f16   scales of rows 0..16
+//!     16 x f16   offsets
+//!     4 x 64 B   codes in the order of W4
+//!
+//! [`W5Affine`] has codes of 5 bits, 6 bits a weight. A block is 384 bytes, because before the codes
+//! are their high bits in the order of W5K.
+
+use super::k::{FIVE_BITS, NIBBLES, five_bit_code, five_bit_dots};
+use super::w4::nibble;
+use super::{Group, Packed, add_offsets, add_scaled};
+use crate::simd::{Isa, LANES};
+use half::f16;
+
+/// Bytes of scales and offsets at the start of a block.
+pub const SCALE_BYTES: usize = 2 * 2 * LANES;
+
+pub const W4_BYTES: usize = SCALE_BYTES + NIBBLES;
+pub const W5_BYTES: usize = SCALE_BYTES + FIVE_BITS;
+
+pub struct W4Affine;
+pub struct W5Affine;
+
+/// Adds what the dot products of a block's codes stand for.
+#[inline(always)]
+fn add<S: Isa, const M: usize>(
+    s: S,
+    block: &[u8],
+    dots: [S::I; M],
+    x: Group<'_, M>,
+    acc: &mut [S::F; M],
+) {
+    let halves = block.as_chunks().0;
+    add_scaled(s, dots, s.load_f16(&halves[0]), x.scales, acc);
+    add_offsets(s, s.load_f16(&halves[1]), x.totals, acc);
+}
+
+fn decode(block: &[u8], row: usize, code: u8) -> f32 {
+    let half = |i: usize| f16::from_le_bytes(block.as_chunks().0[i]).to_f32();
+    half(row) * f32::from(code) + half(LANES + row)
+}
+
+impl Packed for W4Affine {
+    type Block = [u8; W4_BYTES];
+    const GROUPS: usize = 1;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        _: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        add(s, block, s.dot_nibbles_group(&codes[0], 0, x.codes, x.sums), x, acc);
+    }
+
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        decode(block, row, nibble(&block[SCALE_BYTES..], row, col))
+    }
+}
+
+impl Packed for W5Affine {
+    type Block = [u8; W5_BYTES];
+    const GROUPS: usize = 1;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        _: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        add(s, block, five_bit_dots(s, &block[SCALE_BYTES..].as_chunks().0[0], x), x, acc);
+    }
+
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        decode(block, row, five_bit_code(&block[SCALE_BYTES..], row, col))
+    }
+}
