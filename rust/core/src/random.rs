@@ -52,6 +52,7 @@ impl Random {
             }
             Format::W8Planes => self.fill_codes(bytes),
             // Factors of scales and offsets are random bytes, 128 in the mean.
+            Format::W2K => self.fill_blocks(k::W2K_BYTES, (4 * LANES, scale / 16.0), bytes),
             Format::W4K => self.fill_blocks(k::W4K_BYTES, (4 * LANES, scale / 1024.0), bytes),
             Format::W5K => self.fill_blocks(k::W5K_BYTES, (4 * LANES, scale / 2048.0), bytes),
             Format::W6K => self.fill_blocks(k::W6K_BYTES, (2 * LANES, scale / 4096.0), bytes),

@@ -216,7 +216,7 @@ mod tests {
             (&up, BlockType::Q3K, "up.w6_k", [3, 2 * 3392]),
             (&up, BlockType::Q4_1, "up.w4_affine", [3, 16 * 320]),
             (&head, BlockType::Q5_1, "head.w5_affine", [3, 16 * 384]),
-            (&up, BlockType::Q2K, "up.q2_k", [40, 2 * 84]),
+            (&up, BlockType::Q2K, "up.w2_k", [3, 2 * 1344]),
         ] {
             let found = stored(Quant::Gguf, spec, Dtype::Blocks(block));
             assert_eq!(found, (name.to_owned(), shape.to_vec()));

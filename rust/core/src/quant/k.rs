@@ -1,5 +1,5 @@
 //! Formats of super-blocks of 256 columns, which hold the numbers of Q4_K, Q5_K, Q6_K (and so those
-//! of Q3_K) and IQ4_XS.
+//! of Q3_K), Q2_K and IQ4_XS.
 //!
 //! [`W4K`], 4.625 bits a weight: weight = d a code - m b, with d and m one f16 each per row and
 //! super-block, a and b one byte each per row and group of 32, codes of 4 bits. A super-block (16
@@ -32,6 +32,14 @@
 //!     32 B           zeros
 //!     8 x 16 B       a
 //!     8 x 4 x 64 B   codes of a group in the order of W4
+//!
+//! [`W2K`], 2.625 bits: weight = d a code - m b, with d and m one f16 each per row and super-block, a
+//! and b four bits each per row and 16 columns, codes of 2 bits. A super-block is 1344 bytes:
+//!
+//!     16 x f16     d
+//!     16 x f16     m
+//!     16 x 16 B    a in the low nibbles, b in the high ones: of columns 0..16 rows 0..16, of 16..32 ...
+//!     16 x 64 B    16 columns each, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are column 4t + i
 //!
 //! All is in the order in which the kernels read it: the hardware that asks for the next lines of a
 //! stream gives up if a line is read before an earlier one. With high bits behind the low ones a core
@@ -73,6 +81,12 @@ pub(super) const TABLED: usize = A6 + GROUPS * LANES;
 pub const W4NLK_BYTES: usize = TABLED + GROUPS * NIBBLES;
 pub const W6K_BYTES: usize = SIGNED + HALVES * HALF_BYTES;
 
+/// The scales of W2K.
+pub(super) const PAIRED: usize = A + HALVES * LANES;
+
+pub const W2K_BYTES: usize = PAIRED + HALVES * STEP;
+
+pub struct W2K;
 pub struct W4NlK;
 pub struct W4K;
 pub struct W5K;
@@ -194,6 +208,68 @@ impl Packed for W5K {
         let g = col / GROUP;
         let code = five_bit_code(&block[AFFINE + g * FIVE_BITS..], row, col % GROUP);
         decode_affine(block, row, g, code)
+    }
+}
+
+/// The low and the high nibbles of some bytes.
+#[inline(always)]
+fn split_nibbles<S: Isa>(s: S, bytes: &[u8; LANES]) -> (S::F, S::F) {
+    let bytes = s.load_u8(bytes);
+    // (16 high + low - 7.5) / 16 is less than a half away from high.
+    let near = s.fma(bytes, s.splat(1.0 / 16.0), s.splat(-7.5 / 16.0));
+    let high = s.to_f32(s.to_i32(near));
+    (s.fma(high, s.splat(-16.0), bytes), high)
+}
+
+impl Packed for W2K {
+    type Block = [u8; W2K_BYTES];
+    const GROUPS: usize = GROUPS;
+
+    #[inline(always)]
+    fn blocks(panel: &[u8]) -> &[Self::Block] {
+        panel.as_chunks().0
+    }
+
+    fn blocks_mut(panel: &mut [u8]) -> &mut [Self::Block] {
+        panel.as_chunks_mut().0
+    }
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: &Self::Block,
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let units = block.as_chunks().0;
+        let (d, m) = (s.load_f16(&units[0]), s.load_f16(&units[1]));
+        let minus = s.sub(s.splat(0.0), m);
+        let factors = block[A..PAIRED].as_chunks().0;
+        let planes = block[PAIRED..].as_chunks().0;
+        let none = s.load_bytes(&[0; STEP]);
+        for half in 0..2 {
+            let plane = s.load_bytes(&planes[2 * g + half]);
+            let codes = [
+                s.insert_bits::<0, 3>(none, plane),
+                s.insert_bits::<-2, 3>(none, plane),
+                s.insert_bits::<-4, 3>(none, plane),
+                s.insert_bits::<-6, 3>(none, plane),
+            ];
+            let (a, b) = split_nibbles(s, &factors[2 * g + half]);
+            add_halves(s, half, codes, 0, s.mul(d, a), x, acc);
+            add_offsets(s, s.mul(minus, b), &x.half_totals(half), acc);
+        }
+    }
+
+    fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
+        let (half, col) = (col / HALF, col % HALF);
+        let unit = |i: usize| f16::from_le_bytes(block.as_chunks().0[i]).to_f32();
+        let factors = block[A + half * LANES + row];
+        let plane = &block[PAIRED + half * STEP..];
+        let code = plane[4 * row + col % 4] >> (col / 4 * 2) & 3;
+        let scale = unit(row) * f32::from(factors & 15);
+        scale * f32::from(code) - unit(LANES + row) * f32::from(factors >> 4)
     }
 }
 

@@ -117,6 +117,7 @@ pub enum Format {
     W4Affine,
     W5Affine,
     W4NlK,
+    W2K,
     W4K,
     W5K,
     W6K,
@@ -125,7 +126,7 @@ pub enum Format {
 }
 
 impl Format {
-    pub const PACKED: [Format; 11] = [
+    pub const PACKED: [Format; 12] = [
         Format::W8,
         Format::W8Planes,
         Format::W8Affine,
@@ -134,6 +135,7 @@ impl Format {
         Format::W4Affine,
         Format::W5Affine,
         Format::W4NlK,
+        Format::W2K,
         Format::W4K,
         Format::W5K,
         Format::W6K,
@@ -163,6 +165,7 @@ impl Format {
             Format::W4Affine => "w4_affine",
             Format::W5Affine => "w5_affine",
             Format::W4NlK => "w4_nl_k",
+            Format::W2K => "w2_k",
             Format::W4K => "w4_k",
             Format::W5K => "w5_k",
             Format::W6K => "w6_k",
@@ -178,14 +181,15 @@ impl Format {
     /// The packed formats that numbers can be rounded to. The others hold those of block types that
     /// no recipe rounds to.
     pub fn encoded() -> impl Iterator<Item = Format> {
-        let kept = [Format::W8Affine, Format::W4Affine, Format::W5Affine, Format::W4NlK];
+        use Format::{W2K, W4Affine, W4NlK, W5Affine, W8Affine};
+        let kept = [W8Affine, W4Affine, W5Affine, W4NlK, W2K];
         Format::PACKED.into_iter().filter(move |format| !kept.contains(format))
     }
 
     /// Whether rows of `cols` columns can have this format.
     pub fn takes_cols(self, cols: usize) -> bool {
         match self {
-            Format::W4NlK | Format::W4K | Format::W5K | Format::W6K => {
+            Format::W4NlK | Format::W2K | Format::W4K | Format::W5K | Format::W6K => {
                 cols.is_multiple_of(k::SUPER)
             }
             Format::Blocks(block) => cols.is_multiple_of(block.cols()),
@@ -236,6 +240,16 @@ impl<const M: usize> Group<'_, M> {
     #[inline(always)]
     fn half_sum(&self, half: usize, token: usize) -> i32 {
         if half == 0 { self.halves[token] } else { self.sums[token] - self.halves[token] }
+    }
+
+    /// The sums of what the codes of one half of the columns stand for.
+    #[inline(always)]
+    fn half_totals(&self, half: usize) -> [f32; M] {
+        let mut totals = [0.0; M];
+        for m in 0..M {
+            totals[m] = self.scales[m] * self.half_sum(half, m) as f32;
+        }
+        totals
     }
 }
 
@@ -329,7 +343,7 @@ fn add_halves<S: Isa, const M: usize>(
 macro_rules! with_packed {
     ($format:expr, $p:ident => $body:expr) => {
         with_packed!(@ $format, $p => $body; W8 w8, W8Affine w8_affine, W4 w4, W4Nl w4_nl,
-            W4Affine affine, W5Affine affine, W4NlK k, W4K k, W5K k, W6K k)
+            W4Affine affine, W5Affine affine, W4NlK k, W2K k, W4K k, W5K k, W6K k)
     };
     (@ $format:expr, $p:ident => $body:expr; $($name:ident $module:ident),*) => {
         match $format {

@@ -27,7 +27,8 @@ pub fn panel_format(block: BlockType) -> Format {
         BlockType::Q5K => Format::W5K,
         BlockType::Q6K | BlockType::Q3K => Format::W6K,
         BlockType::Iq4Xs => Format::W4NlK,
-        BlockType::Q2K | BlockType::Mxfp4 => Format::W8Affine,
+        BlockType::Q2K => Format::W2K,
+        BlockType::Mxfp4 => Format::W8Affine,
     }
 }
 
@@ -116,6 +117,11 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
             BlockType::Q3K => {
                 for (block, out) in blocks.zip(out.chunks_exact_mut(k::W6K_BYTES)) {
                     reorder_q3_k(block, row, out);
+                }
+            }
+            BlockType::Q2K => {
+                for (block, out) in blocks.zip(out.chunks_exact_mut(k::W2K_BYTES)) {
+                    reorder_q2_k(block, row, out);
                 }
             }
             BlockType::Iq4Xs => {
@@ -238,6 +244,22 @@ fn reorder_q3_k(block: &[u8], row: usize, out: &mut [u8]) {
             (code, code >> 4)
         });
         put_half_group(out, row, half, q3_k_scale(&block[96..108], half) as u8, codes);
+    }
+}
+
+/// Q2_K: scales and offsets in a byte each, pairs of bits, d and dmin (f16).
+fn reorder_q2_k(block: &[u8], row: usize, out: &mut [u8]) {
+    let (factors, rest) = block.split_at(16);
+    let (pairs, units) = rest.split_at(64);
+    put_half(out, row, units);
+    put_half(out, LANES + row, &units[2..]);
+    for (half, factors) in factors.iter().enumerate() {
+        out[k::A + half * LANES + row] = *factors;
+        // Four groups share 32 bytes.
+        let (g, first) = (half / 2, half % 2 * 4);
+        let words: [u32; 4] =
+            std::array::from_fn(|t| word(&pairs[32 * (g / 4)..], first + t) >> (g % 4 * 2));
+        put_plane(&mut out[k::PAIRED + half * STEP..], row, words);
     }
 }
 
