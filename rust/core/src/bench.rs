@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 /// The matrix format called `name`.
 pub fn format_named(name: &str) -> Result<Format> {
-    let packed = Format::PACKED.into_iter().filter(|format| *format != Format::W8Affine);
-    let formats = || [Format::Bf16, Format::F16, Format::F32].into_iter().chain(packed.clone());
+    let formats = || [Format::Bf16, Format::F16, Format::F32].into_iter().chain(Format::PACKED);
     formats().find(|format| format.name() == name).ok_or_else(|| {
         let names = formats().map(Format::name).collect::<Vec<_>>().join(", ");
         Error::Argument(format!("format is `{name}`, expected one of: {names}"))

@@ -44,6 +44,13 @@ impl Random {
             Format::W4Nl => {
                 self.fill_blocks(w4::BLOCK_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes)
             }
+            Format::W4Mx => {
+                let exponent = (128.0 + (scale / 8.0).log2()) as u8;
+                self.fill_codes(bytes);
+                for block in bytes.chunks_exact_mut(w4::BLOCK_BYTES) {
+                    block[..w4::SCALE_BYTES].fill(exponent);
+                }
+            }
             Format::W8 => {
                 self.fill_blocks(w8::BLOCK_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes)
             }
@@ -69,7 +76,7 @@ impl Random {
             Format::Blocks(BlockType::Q8_0) => {
                 self.fill_blocks(BlockType::Q8_0.bytes(), (2, scale / 128.0), bytes);
             }
-            Format::Fp8 | Format::W8Affine | Format::Blocks(_) => {
+            Format::Fp8 | Format::Blocks(_) => {
                 panic!("random matrices are not made in {}", format.name())
             }
         }

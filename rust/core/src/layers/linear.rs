@@ -299,3 +299,48 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{Made, Panels, random_blocks};
+    use crate::quant::BlockType;
+    use crate::simd::Cpu;
+
+    #[test]
+    fn blocks_are_multiplied_as_their_panels_are() {
+        let rows = 41;
+        for block in BlockType::ALL {
+            let cols = 3 * block.cols();
+            let blocks = random_blocks(block, 3 * rows, 3);
+            let matrix = |format, bytes: Vec<u8>| Matrix {
+                format,
+                rows,
+                cols,
+                bytes: bytes.into(),
+                scales: None,
+            };
+            let in_place = matrix(Format::Blocks(block), blocks);
+            let Panels { format, bytes, .. } =
+                Made::Reordered(block).matrix(Cpu::best(), rows, cols, 3);
+            let in_panels = matrix(format, bytes);
+            let [mut first, mut second] = [Vec::new(), Vec::new()];
+            for range in [0..rows, 16..32, 32..rows] {
+                let [first, second] =
+                    [(&in_place, &mut first), (&in_panels, &mut second)].map(|(matrix, buffer)| {
+                        match matrix.weights(range.clone(), buffer) {
+                            Weights::Panels { format, bytes } => (format, bytes),
+                            _ => panic!("{block:?}: no panels"),
+                        }
+                    });
+                assert!(first == second, "{block:?} {range:?}");
+            }
+            let [mut first, mut second] = [(); 2].map(|()| vec![f32::NAN; cols]);
+            for row in 0..rows {
+                in_place.row(row, &mut first);
+                in_panels.row(row, &mut second);
+                assert_eq!(first, second, "{block:?} row {row}");
+            }
+        }
+    }
+}

@@ -143,11 +143,10 @@ fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
     Storage::Coded(if few { FEW_ROWS } else { *format })
 }
 
-/// The numbers of a GGUF file's blocks, in panels unless those would be several times as wide.
+/// The numbers of a GGUF file's blocks, in panels.
 fn as_gguf(role: Role, block: BlockType) -> Storage {
     Storage::Coded(match (panel_format(block), role) {
         (Format::W8, Role::Embedding | Role::Head) => Format::W8Planes,
-        (Format::W8Affine, _) => Format::Blocks(block),
         (format, _) => format,
     })
 }
@@ -204,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_keep_their_numbers_or_stay() {
+    fn blocks_keep_their_numbers() {
         let up = spec("up", [40, 512], Role::Mlp);
         let head = spec("head", [40, 512], Role::Head);
         for (spec, block, name, shape) in [
@@ -215,6 +214,7 @@ mod tests {
             (&up, BlockType::Iq4Xs, "up.w4_nl_k", [3, 2 * 2240]),
             (&up, BlockType::Q3K, "up.w6_k", [3, 2 * 3392]),
             (&up, BlockType::Q4_1, "up.w4_affine", [3, 16 * 320]),
+            (&up, BlockType::Mxfp4, "up.w4_mx", [3, 8 * 576]),
             (&head, BlockType::Q5_1, "head.w5_affine", [3, 16 * 384]),
             (&up, BlockType::Q2K, "up.w2_k", [3, 2 * 1344]),
         ] {

@@ -4,16 +4,13 @@
 //! Blocks have any address: fields are read byte by byte. In every type 16 neighbouring columns
 //! share a scale and an offset, and a weight is scale times code plus offset.
 
-use super::w4_nl;
+use super::{w4_mx, w4_nl};
 use half::f16;
 
 /// The most columns of a block.
 const MOST_COLS: usize = 256;
 /// Columns with one scale and one offset, in every type.
 pub const HALF: usize = 16;
-
-/// Twice the values of the 4-bit float E2M1, by code.
-const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// How the numbers of a block are coded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -198,9 +195,8 @@ impl BlockType {
                 nibbles(&b[2..], codes, |code| w4_nl::TABLE[usize::from(code)]);
             }
             BlockType::Mxfp4 => {
-                // Half of 2^(b[0] - 127), for the table has twice the values.
-                scales.fill(2f64.powi(i32::from(b[0]) - 128) as f32);
-                nibbles(&b[1..], codes, |code| E2M1[usize::from(code)]);
+                scales.fill(w4_mx::scale(b[0]));
+                nibbles(&b[1..], codes, |code| w4_mx::TABLE[usize::from(code)]);
             }
             BlockType::Q2K => {
                 let d_min = half(b, 82);

@@ -295,7 +295,7 @@ impl Packed for W4NlK {
         acc: &mut [S::F; M],
     ) {
         let (codes, _) = block[TABLED..].as_chunks().0.as_chunks();
-        let dots = w4_nl::dots(s, &codes[g], x);
+        let dots = w4_nl::dots(s, &w4_nl::BYTES, &codes[g], x);
         let d = s.load_f16(&block.as_chunks().0[0]);
         let scales = s.mul(d, s.load_i8(&block[A6..TABLED].as_chunks().0[g]));
         add_scaled(s, dots, scales, x.scales, acc);

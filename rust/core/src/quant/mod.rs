@@ -4,7 +4,7 @@
 //! blocks of GGUF files ([`ggml`]). The formats that kernels multiply with cut a matrix into panels of 16
 //! output rows, so that one vector holds one value of each row and no product needs a horizontal
 //! sum. The columns of a panel are cut into groups of 32, and some groups make a block: two in
-//! [`w4`], [`w8`], [`w4_nl`] and [`w8_affine`], one in the formats of [`affine`], eight in those of
+//! [`w4`], [`w8`], [`w4_nl`] and [`w4_mx`], one in the formats of [`affine`], eight in those of
 //! [`k`]. Rows are padded to a whole panel and columns to a whole block, with codes that mean zero.
 //! [`w8_planes`] keeps the high and the low half of W8 codes apart. [`reorder`] makes panels of a
 //! GGUF file's blocks.
@@ -17,9 +17,9 @@ pub mod k;
 pub mod reorder;
 mod search;
 pub mod w4;
+pub mod w4_mx;
 pub mod w4_nl;
 pub mod w8;
-pub mod w8_affine;
 pub mod w8_planes;
 
 use crate::error::{Error, Result};
@@ -111,9 +111,9 @@ pub enum Format {
     Fp8,
     W8,
     W8Planes,
-    W8Affine,
     W4,
     W4Nl,
+    W4Mx,
     W4Affine,
     W5Affine,
     W4NlK,
@@ -129,9 +129,9 @@ impl Format {
     pub const PACKED: [Format; 12] = [
         Format::W8,
         Format::W8Planes,
-        Format::W8Affine,
         Format::W4,
         Format::W4Nl,
+        Format::W4Mx,
         Format::W4Affine,
         Format::W5Affine,
         Format::W4NlK,
@@ -159,9 +159,9 @@ impl Format {
             Format::Fp8 => "fp8",
             Format::W8 => "w8",
             Format::W8Planes => "w8_planes",
-            Format::W8Affine => "w8_affine",
             Format::W4 => "w4",
             Format::W4Nl => "w4_nl",
+            Format::W4Mx => "w4_mx",
             Format::W4Affine => "w4_affine",
             Format::W5Affine => "w5_affine",
             Format::W4NlK => "w4_nl_k",
@@ -181,8 +181,8 @@ impl Format {
     /// The packed formats that numbers can be rounded to. The others hold those of block types that
     /// no recipe rounds to.
     pub fn encoded() -> impl Iterator<Item = Format> {
-        use Format::{W2K, W4Affine, W4NlK, W5Affine, W8Affine};
-        let kept = [W8Affine, W4Affine, W5Affine, W4NlK, W2K];
+        use Format::{W2K, W4Affine, W4Mx, W4NlK, W5Affine};
+        let kept = [W4Mx, W4Affine, W5Affine, W4NlK, W2K];
         Format::PACKED.into_iter().filter(move |format| !kept.contains(format))
     }
 
@@ -342,7 +342,7 @@ fn add_halves<S: Isa, const M: usize>(
 /// Runs `$body` with `$p` naming the type of a format whose panels lie in one plane.
 macro_rules! with_packed {
     ($format:expr, $p:ident => $body:expr) => {
-        with_packed!(@ $format, $p => $body; W8 w8, W8Affine w8_affine, W4 w4, W4Nl w4_nl,
+        with_packed!(@ $format, $p => $body; W8 w8, W4 w4, W4Nl w4_nl, W4Mx w4_mx,
             W4Affine affine, W5Affine affine, W4NlK k, W2K k, W4K k, W5K k, W6K k)
     };
     (@ $format:expr, $p:ident => $body:expr; $($name:ident $module:ident),*) => {

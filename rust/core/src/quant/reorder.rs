@@ -6,8 +6,8 @@
 
 use super::ggml::{HALF, affine_scales, iq4_xs_scale, q3_k_scale};
 use super::k::{self, SUPER};
-use super::{BlockType, Format, GROUP, GROUP_STEPS, PANEL_ROWS, STEP, panel_bytes};
-use super::{affine, w4, w8, w8_affine, w8_planes};
+use super::{BlockType, Format, GROUP_STEPS, PANEL_ROWS, STEP, panel_bytes};
+use super::{affine, w4, w8, w8_planes};
 use crate::simd::LANES;
 
 /// The codes of a group, four columns a word, the first in the low byte.
@@ -28,7 +28,7 @@ pub fn panel_format(block: BlockType) -> Format {
         BlockType::Q6K | BlockType::Q3K => Format::W6K,
         BlockType::Iq4Xs => Format::W4NlK,
         BlockType::Q2K => Format::W2K,
-        BlockType::Mxfp4 => Format::W8Affine,
+        BlockType::Mxfp4 => Format::W4Mx,
     }
 }
 
@@ -63,10 +63,8 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
     let row_bytes = block.row_bytes(cols);
     assert!(rows.len().is_multiple_of(row_bytes) && rows.len() / row_bytes <= PANEL_ROWS);
     assert_eq!(out.len(), panel_bytes(format, cols));
-    if rows.len() / row_bytes < PANEL_ROWS || !cols.is_multiple_of(2 * GROUP) {
-        // Where scales and offsets are zero the weights are, whatever the codes.
-        out.fill(0);
-    }
+    // Rows and columns that are not there are zero, and so is what fills cache lines.
+    out.fill(0);
     for (row, blocks) in rows.chunks_exact(row_bytes).enumerate() {
         let blocks = blocks.chunks_exact(block.bytes());
         match block {
@@ -134,7 +132,14 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     }
                 }
             }
-            _ => unpack(block, blocks, row, out),
+            BlockType::Mxfp4 => {
+                for (g, block) in blocks.enumerate() {
+                    let out = &mut out[g / 2 * w4::BLOCK_BYTES..][..w4::BLOCK_BYTES];
+                    let (exponents, codes) = out.split_at_mut(w4::SCALE_BYTES);
+                    exponents[g % 2 * LANES + row] = block[0];
+                    put_nibbles(&mut codes[g % 2 * 4 * STEP..], row, &split_nibbles(&block[1..]));
+                }
+            }
         }
     }
 }
@@ -280,34 +285,6 @@ fn code_words<const WORDS: usize>(block: BlockType, bytes: &[u8]) -> [u32; WORDS
     let (scales, offsets) = (&mut scales[..halves], &mut offsets[..halves]);
     block.codes(bytes, codes.as_flattened_mut(), scales, offsets);
     codes.map(|four| u32::from_le_bytes(four.map(|code| code as u8)))
-}
-
-/// Any type, as bytes with f32 scales and offsets.
-fn unpack<'a>(
-    block: BlockType,
-    blocks: impl Iterator<Item = &'a [u8]>,
-    row: usize,
-    out: &mut [u8],
-) {
-    let halves = block.cols() / HALF;
-    let mut codes = [0i8; SUPER];
-    let (mut scales, mut offsets) = ([0.0f32; SUPER / HALF], [0.0; SUPER / HALF]);
-    for (b, bytes) in blocks.enumerate() {
-        let codes = &mut codes[..block.cols()];
-        block.codes(bytes, codes, &mut scales[..halves], &mut offsets[..halves]);
-        for (i, codes) in codes.as_chunks::<{ HALF }>().0.iter().enumerate() {
-            let half = b * halves + i;
-            let out = &mut out[half / 4 * w8_affine::BLOCK_BYTES..][..w8_affine::BLOCK_BYTES];
-            let (vectors, steps) = out.split_at_mut(w8_affine::SCALE_BYTES);
-            let vectors = &mut vectors.as_chunks_mut::<STEP>().0[half % 4 * 2..];
-            vectors[0][4 * row..][..4].copy_from_slice(&scales[i].to_le_bytes());
-            vectors[1][4 * row..][..4].copy_from_slice(&offsets[i].to_le_bytes());
-            let steps = &mut steps.as_chunks_mut::<STEP>().0[half % 4 * 4..];
-            for (step, four) in steps.iter_mut().zip(codes.as_chunks::<4>().0) {
-                step[4 * row..][..4].copy_from_slice(&four.map(|code| code as u8 ^ 0x80));
-            }
-        }
-    }
 }
 
 #[cfg(test)]

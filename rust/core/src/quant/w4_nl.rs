@@ -6,23 +6,25 @@
 
 use super::search::Table;
 use super::w4::{self, SCALE_BYTES, W4};
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
 /// The values of the codes, as ggml defines them for IQ4_NL.
 pub const TABLE: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
-/// The table as codes of a byte, which stand for themselves less 128.
-const BYTES: [u8; 16] = {
+pub(super) const BYTES: [u8; 16] = bytes(&TABLE);
+
+/// A table as codes of a byte, which stand for themselves less 128.
+pub(super) const fn bytes(table: &[i8; 16]) -> [u8; 16] {
     let mut bytes = [0; 16];
     let mut i = 0;
     while i < 16 {
-        bytes[i] = (TABLE[i] as i16 + 128) as u8;
+        bytes[i] = (table[i] as i16 + 128) as u8;
         i += 1;
     }
     bytes
-};
+}
 
 pub struct W4Nl;
 
@@ -48,7 +50,7 @@ impl Packed for W4Nl {
         acc: &mut [S::F; M],
     ) {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let dots = dots(s, &codes[g], x);
+        let dots = dots(s, &BYTES, &codes[g], x);
         add_scaled(s, dots, w4::scales(s, block, g), x.scales, acc);
     }
 
@@ -60,11 +62,13 @@ impl Packed for W4Nl {
     }
 }
 
-/// Exact integer dot products of a group, whose codes are in the order of W4, with M tokens.
+/// Exact integer dot products of a group, whose codes are places in a table in the order of W4, with
+/// M tokens. table: as [`bytes`].
 #[inline(always)]
 pub(super) fn dots<S: Isa, const M: usize>(
     s: S,
-    codes: &[[u8; 4 * LANES]; GROUP_STEPS / 2],
+    table: &[u8; 16],
+    codes: &[[u8; STEP]; GROUP_STEPS / 2],
     x: Group<'_, M>,
 ) -> [S::I; M] {
     let mut dots = [s.splat_i32(0); M];
@@ -73,8 +77,8 @@ pub(super) fn dots<S: Isa, const M: usize>(
     }
     for t in 0..GROUP_STEPS / 2 {
         let w = s.load_bytes(&codes[t]);
-        let low = s.lookup(&BYTES, s.low_nibbles(w));
-        let high = s.lookup(&BYTES, s.high_nibbles(w));
+        let low = s.lookup(table, s.low_nibbles(w));
+        let high = s.lookup(table, s.high_nibbles(w));
         for m in 0..M {
             dots[m] = s.dot_bytes(dots[m], low, s.splat_bytes(x.codes[2 * t][m]));
             dots[m] = s.dot_bytes(dots[m], high, s.splat_bytes(x.codes[2 * t + 1][m]));
