@@ -221,6 +221,29 @@ fn split_nibbles<S: Isa>(s: S, bytes: &[u8; LANES]) -> (S::F, S::F) {
     (s.fma(high, s.splat(-16.0), bytes), high)
 }
 
+/// Exact integer dot products of codes of two bits with M tokens. x: of four columns each.
+#[inline(always)]
+fn pair_dots<S: Isa, const M: usize>(s: S, plane: &[u8; STEP], x: &[[[i8; 4]; M]]) -> [S::I; M] {
+    let (none, plane) = (s.load_bytes(&[0; STEP]), s.load_bytes(plane));
+    let codes = [
+        s.insert_bits::<0, 3>(none, plane),
+        s.insert_bits::<-2, 3>(none, plane),
+        s.insert_bits::<-4, 3>(none, plane),
+        s.insert_bits::<-6, 3>(none, plane),
+    ];
+    let mut acc = [s.zero_nibbles(); M];
+    for t in 0..4 {
+        for m in 0..M {
+            acc[m] = s.dot_nibbles(acc[m], codes[t], s.splat_bytes(x[t][m]));
+        }
+    }
+    let mut dots = [s.splat_i32(0); M];
+    for m in 0..M {
+        dots[m] = s.end_nibbles(acc[m], 0);
+    }
+    dots
+}
+
 impl Packed for W2K {
     type Block = [u8; W2K_BYTES];
     const GROUPS: usize = GROUPS;
@@ -246,19 +269,20 @@ impl Packed for W2K {
         let (d, m) = (s.load_f16(&units[0]), s.load_f16(&units[1]));
         let minus = s.sub(s.splat(0.0), m);
         let factors = block[A..PAIRED].as_chunks().0;
-        let planes = block[PAIRED..].as_chunks().0;
-        let none = s.load_bytes(&[0; STEP]);
-        for half in 0..2 {
-            let plane = s.load_bytes(&planes[2 * g + half]);
-            let codes = [
-                s.insert_bits::<0, 3>(none, plane),
-                s.insert_bits::<-2, 3>(none, plane),
-                s.insert_bits::<-4, 3>(none, plane),
-                s.insert_bits::<-6, 3>(none, plane),
-            ];
-            let (a, b) = split_nibbles(s, &factors[2 * g + half]);
-            add_halves(s, half, codes, 0, s.mul(d, a), x, acc);
-            add_offsets(s, s.mul(minus, b), &x.half_totals(half), acc);
+        let planes: &[[[u8; STEP]; 2]] = block[PAIRED..].as_chunks().0.as_chunks().0;
+        let [first, second] = &planes[g];
+        let (early, late) = x.codes.split_at(GROUP_STEPS / 2);
+        let (first, second) = (pair_dots(s, first, early), pair_dots(s, second, late));
+        let (a0, b0) = split_nibbles(s, &factors[2 * g]);
+        let (a1, b1) = split_nibbles(s, &factors[2 * g + 1]);
+        let step = s.sub(b0, b1);
+        for m in 0..M {
+            // Both are exact integers below 2^24; b0 half + b1 (sum - half) is the latter.
+            let dot = s.fma(a1, s.to_f32(second[m]), s.mul(a0, s.to_f32(first[m])));
+            let (half, sum) = (s.splat(x.halves[m] as f32), s.splat(x.sums[m] as f32));
+            let sum = s.fma(step, half, s.mul(b1, sum));
+            let product = s.fma(d, dot, s.mul(minus, sum));
+            acc[m] = s.fma(product, s.splat(x.scales[m]), acc[m]);
         }
     }
 

@@ -241,16 +241,6 @@ impl<const M: usize> Group<'_, M> {
     fn half_sum(&self, half: usize, token: usize) -> i32 {
         if half == 0 { self.halves[token] } else { self.sums[token] - self.halves[token] }
     }
-
-    /// The sums of what the codes of one half of the columns stand for.
-    #[inline(always)]
-    fn half_totals(&self, half: usize) -> [f32; M] {
-        let mut totals = [0.0; M];
-        for m in 0..M {
-            totals[m] = self.scales[m] * self.half_sum(half, m) as f32;
-        }
-        totals
-    }
 }
 
 /// A format of quantised panels, as the kernels see it.
