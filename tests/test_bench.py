@@ -56,7 +56,7 @@ def test_decode_ceiling_is_memory_over_bytes(demo):
     model, config = demo
     near, far = (bench.Test(0, 2, depth) for depth in (0, 1024))
     plan = model.memory_plan(1)
-    want = 40e9 / (model.weight_bytes + 2 * plan.state + plan.kv)
+    want = 40e9 / (model.weight_bytes + plan.state + plan.kv)
     assert bench.ceiling(model, near, config, LIMITS) == pytest.approx(want)
     assert bench.ceiling(model, far, config, LIMITS) < want
 
