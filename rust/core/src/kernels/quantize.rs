@@ -1,11 +1,12 @@
 //! Activations as int8, the way quantised matrix products read them.
 //!
-//! Each token has one f32 scale (absmax / 127) and the sum of its codes per group of 32. Tokens
+//! Each token has one f32 scale (absmax / 127) per group of 32, and the sum of its codes times what
+//! formats need. Tokens
 //! come in tiles of at most [`Isa::TILE_TOKENS`], and inside a tile the tokens are innermost: rows
 //! a power of two apart would evict each other from the cache.
 
 use super::load_some;
-use crate::quant::{BLOCK, GROUP, GROUP_STEPS, Group};
+use crate::quant::{BLOCK, GROUP, GROUP_STEPS, Group, START_ZEROS};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 
 /// Int8 values of a few tokens.
@@ -13,8 +14,7 @@ use crate::simd::{Cpu, Isa, Kernel, LANES};
 pub struct QuantTile {
     tokens: usize,
     codes: Vec<[i8; 4]>, // [cols / 4, tokens]
-    sums: Vec<i32>,      // [cols / 32, tokens]
-    halves: Vec<i32>,    // [cols / 32, tokens], of the first 16
+    starts: Vec<i32>,    // [cols / 32, 4, tokens], see START_ZEROS
     scales: Vec<f32>,    // [cols / 32, tokens]
     totals: Vec<f32>,    // [cols / 32, tokens], scale times sum
 }
@@ -23,8 +23,7 @@ pub struct QuantTile {
 #[derive(Clone, Copy)]
 pub(super) struct Groups<'a, const M: usize> {
     codes: &'a [[[[i8; 4]; M]; GROUP_STEPS]],
-    sums: &'a [[i32; M]],
-    halves: &'a [[i32; M]],
+    starts: &'a [[[i32; M]; START_ZEROS.len()]],
     scales: &'a [[f32; M]],
     totals: &'a [[f32; M]],
 }
@@ -34,8 +33,7 @@ impl<'a, const M: usize> Groups<'a, M> {
     pub fn get(&self, g: usize) -> Group<'a, M> {
         Group {
             codes: &self.codes[g],
-            sums: &self.sums[g],
-            halves: &self.halves[g],
+            starts: &self.starts[g],
             scales: &self.scales[g],
             totals: &self.totals[g],
         }
@@ -45,13 +43,11 @@ impl<'a, const M: usize> Groups<'a, M> {
     #[inline(always)]
     pub fn blocks(self, n: usize) -> impl Iterator<Item = Groups<'a, M>> {
         assert!(self.codes.len().is_multiple_of(n));
-        let codes = self.codes.chunks_exact(n).zip(self.sums.chunks_exact(n));
-        let rest = self.halves.chunks_exact(n).zip(self.scales.chunks_exact(n));
-        let rest = rest.zip(self.totals.chunks_exact(n));
-        codes.zip(rest).map(|((codes, sums), ((halves, scales), totals))| Groups {
+        let codes = self.codes.chunks_exact(n).zip(self.starts.chunks_exact(n));
+        let scales = self.scales.chunks_exact(n).zip(self.totals.chunks_exact(n));
+        codes.zip(scales).map(|((codes, starts), (scales, totals))| Groups {
             codes,
-            sums,
-            halves,
+            starts,
             scales,
             totals,
         })
@@ -66,7 +62,7 @@ impl QuantTile {
     /// Bytes on the heap for rows of `cols` columns.
     pub fn bytes_of(tokens: usize, cols: usize) -> usize {
         let padded = tokens * cols.next_multiple_of(BLOCK);
-        padded + 4 * 4 * padded / GROUP
+        padded + 4 * (START_ZEROS.len() + 2) * padded / GROUP
     }
 
     /// Quantises rows. x: [tokens, cols]; columns are padded with zeros to a whole block.
@@ -75,8 +71,7 @@ impl QuantTile {
         self.tokens = x.len() / cols;
         let padded = cols.next_multiple_of(BLOCK) * self.tokens;
         self.codes.resize(padded / 4, [0; 4]);
-        self.sums.resize(padded / GROUP, 0);
-        self.halves.resize(padded / GROUP, 0);
+        self.starts.resize(START_ZEROS.len() * padded / GROUP, 0);
         self.scales.resize(padded / GROUP, 0.0);
         self.totals.resize(padded / GROUP, 0.0);
         cpu.run(Quantize { x, cols, tile: self });
@@ -101,8 +96,7 @@ impl QuantTile {
         assert_eq!(self.tokens, M);
         Groups {
             codes: self.codes.as_chunks::<M>().0.as_chunks().0,
-            sums: self.sums.as_chunks().0,
-            halves: self.halves.as_chunks().0,
+            starts: self.starts.as_chunks().0.as_chunks().0,
             scales: self.scales.as_chunks().0,
             totals: self.totals.as_chunks().0,
         }
@@ -119,14 +113,15 @@ impl Kernel for Quantize<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        let QuantTile { tokens, codes, sums, halves, scales, totals } = self.tile;
+        let QuantTile { tokens, codes, starts, scales, totals } = self.tile;
         let tokens = (*tokens).max(1);
-        let groups =
-            codes.chunks_exact_mut(GROUP_STEPS * tokens).zip(sums.chunks_exact_mut(tokens));
-        let rest = halves.chunks_exact_mut(tokens).zip(scales.chunks_exact_mut(tokens));
-        let groups = groups.zip(rest.zip(totals.chunks_exact_mut(tokens)));
+        let groups = codes
+            .chunks_exact_mut(GROUP_STEPS * tokens)
+            .zip(starts.chunks_exact_mut(START_ZEROS.len() * tokens));
+        let rest = scales.chunks_exact_mut(tokens).zip(totals.chunks_exact_mut(tokens));
+        let groups = groups.zip(rest);
         // All tokens of a group in turn, for their codes share cache lines.
-        for (group, ((codes, sums), ((halves, scales), totals))) in groups.enumerate() {
+        for (group, ((codes, starts), (scales, totals))) in groups.enumerate() {
             let first = (group * GROUP).min(self.cols);
             for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
                 let low = load_some(s, &x[first..]);
@@ -134,10 +129,13 @@ impl Kernel for Quantize<'_> {
                 let largest = s.largest(s.max(s.abs(low), s.abs(high)));
                 let inverse = s.splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
                 let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
-                halves[t] = s.sum_i32(low);
-                sums[t] = halves[t] + s.sum_i32(high);
+                let halves = [s.sum_i32(low), s.sum_i32(high)];
+                let sum = halves[0] + halves[1];
+                for (i, sum) in [sum, sum, halves[0], halves[1]].into_iter().enumerate() {
+                    starts[i * tokens + t] = -START_ZEROS[i] * sum;
+                }
                 scales[t] = largest / 127.0;
-                totals[t] = scales[t] * sums[t] as f32;
+                totals[t] = scales[t] * sum as f32;
                 let mut bytes = [[0i8; LANES]; 2];
                 s.store_i8(low, &mut bytes[0]);
                 s.store_i8(high, &mut bytes[1]);
@@ -179,8 +177,13 @@ mod tests {
                             let error = (v - scale * f32::from(code)).abs();
                             assert!(error <= scale * 0.5001, "{cpu:?} {t} {group} {i}: {v} {code}");
                         }
-                        assert_eq!(sum, tile.sums[group * tokens + t]);
-                        assert_eq!(half, tile.halves[group * tokens + t]);
+                        let starts = &tile.starts[group * START_ZEROS.len() * tokens..];
+                        for (i, sum) in [8 * sum, 128 * sum, 32 * half, 32 * (sum - half)]
+                            .into_iter()
+                            .enumerate()
+                        {
+                            assert_eq!(starts[i * tokens + t], -sum);
+                        }
                         assert_eq!(scale * sum as f32, tile.totals[group * tokens + t]);
                     }
                 }

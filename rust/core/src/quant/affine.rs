@@ -66,7 +66,7 @@ impl Packed for W4Affine {
         acc: &mut [S::F; M],
     ) {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        add(s, block, s.dot_nibbles_group(&codes[0], 0, x.codes, x.sums), x, acc);
+        add(s, block, s.dot_nibbles_group(&codes[0], x.codes, &[0; M]), x, acc);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

@@ -164,7 +164,7 @@ impl Packed for W4K {
         acc: &mut [S::F; M],
     ) {
         let (codes, _) = block[AFFINE..].as_chunks().0.as_chunks();
-        let dots = s.dot_nibbles_group(&codes[g], 0, x.codes, x.sums);
+        let dots = s.dot_nibbles_group(&codes[g], x.codes, &[0; M]);
         let (scales, offsets) = affine(s, block, g);
         add_scaled(s, dots, scales, x.scales, acc);
         add_offsets(s, offsets, x.totals, acc);
@@ -266,8 +266,7 @@ impl Packed for W2K {
         acc: &mut [S::F; M],
     ) {
         let units = block.as_chunks().0;
-        let (d, m) = (s.load_f16(&units[0]), s.load_f16(&units[1]));
-        let minus = s.sub(s.splat(0.0), m);
+        let (d, m_unit) = (s.load_f16(&units[0]), s.load_f16(&units[1]));
         let factors = block[A..PAIRED].as_chunks().0;
         let planes: &[[[u8; STEP]; 2]] = block[PAIRED..].as_chunks().0.as_chunks().0;
         let [first, second] = &planes[g];
@@ -275,13 +274,16 @@ impl Packed for W2K {
         let (first, second) = (pair_dots(s, first, early), pair_dots(s, second, late));
         let (a0, b0) = split_nibbles(s, &factors[2 * g]);
         let (a1, b1) = split_nibbles(s, &factors[2 * g + 1]);
-        let step = s.sub(b0, b1);
+        // The starts are -32 times the sums of a half, and -8 times those of both.
+        let step = s.mul(s.sub(b0, b1), s.splat(1.0 / 32.0));
+        let rest = s.mul(b1, s.splat(1.0 / 8.0));
         for m in 0..M {
-            // Both are exact integers below 2^24; b0 half + b1 (sum - half) is the latter.
+            // Both are exact: integers below 2^24; b0 half + b1 (sum - half), negative, is the latter.
             let dot = s.fma(a1, s.to_f32(second[m]), s.mul(a0, s.to_f32(first[m])));
-            let (half, sum) = (s.splat(x.halves[m] as f32), s.splat(x.sums[m] as f32));
-            let sum = s.fma(step, half, s.mul(b1, sum));
-            let product = s.fma(d, dot, s.mul(minus, sum));
+            let half = s.splat(x.starts_at_32(0)[m] as f32);
+            let sum = s.splat(x.starts_at_8()[m] as f32);
+            let minus = s.fma(step, half, s.mul(rest, sum));
+            let product = s.fma(d, dot, s.mul(m_unit, minus));
             acc[m] = s.fma(product, s.splat(x.scales[m]), acc[m]);
         }
     }
@@ -372,7 +374,7 @@ impl Packed for W6K {
                     s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
                 ];
                 let scales = s.mul(d, s.load_i8(&a[2 * g + $half]));
-                add_halves(s, $half, codes, ZERO6, scales, x, acc);
+                add_halves(s, $half, codes, scales, x, acc);
             };
         }
         half!(0);

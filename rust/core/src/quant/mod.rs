@@ -221,25 +221,40 @@ impl Format {
     }
 }
 
+/// What the dot products of a group begin with, so that a code of weights may stand for itself less a
+/// zero: -zero times the sum of the token's codes. Of the whole group for zeros of 8 and 128, of its
+/// two halves for 32.
+pub const START_ZEROS: [i32; 4] = [8, 128, 32, 32];
+
 /// Int8 activations of a group of columns for M tokens, tokens innermost.
 #[derive(Clone, Copy)]
 pub struct Group<'a, const M: usize> {
     /// Four columns a step.
     pub codes: &'a [[[i8; 4]; M]; GROUP_STEPS],
-    /// The sum of each token's codes.
-    pub sums: &'a [i32; M],
-    /// The sum of the first 16 of them.
-    pub halves: &'a [i32; M],
+    /// See [`START_ZEROS`].
+    pub starts: &'a [[i32; M]; START_ZEROS.len()],
     pub scales: &'a [f32; M],
     /// The sum of what each token's codes stand for: scale times sum.
     pub totals: &'a [f32; M],
 }
 
 impl<const M: usize> Group<'_, M> {
-    /// The sum of the codes of one half of the columns.
+    /// -8 times the sum of each token's codes.
     #[inline(always)]
-    fn half_sum(&self, half: usize, token: usize) -> i32 {
-        if half == 0 { self.halves[token] } else { self.sums[token] - self.halves[token] }
+    pub fn starts_at_8(&self) -> &[i32; M] {
+        &self.starts[0]
+    }
+
+    /// -128 times the sum of each token's codes.
+    #[inline(always)]
+    fn starts_at_128(&self) -> &[i32; M] {
+        &self.starts[1]
+    }
+
+    /// -32 times the sum of each token's codes in one half of the columns.
+    #[inline(always)]
+    fn starts_at_32(&self, half: usize) -> &[i32; M] {
+        &self.starts[2 + half]
     }
 }
 
@@ -305,20 +320,19 @@ fn add_offsets<S: Isa, const M: usize>(
     }
 }
 
-/// acc += the products of 16 columns, one half of a group, with codes up to 127 less `zero`.
+/// acc += the products of 16 columns, one half of a group, with codes less 32.
 #[inline(always)]
 fn add_halves<S: Isa, const M: usize>(
     s: S,
     half: usize,
     codes: [S::B; GROUP_STEPS / 2],
-    zero: i32,
     scales: S::F,
     x: Group<'_, M>,
     acc: &mut [S::F; M],
 ) {
     let mut dots = [s.splat_i32(0); M];
     for m in 0..M {
-        dots[m] = s.splat_i32(-zero * x.half_sum(half, m));
+        dots[m] = s.splat_i32(x.starts_at_32(half)[m]);
     }
     for t in 0..GROUP_STEPS / 2 {
         for m in 0..M {

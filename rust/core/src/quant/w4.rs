@@ -70,7 +70,7 @@ pub fn dots<S: Isa, const M: usize>(
     x: Group<'_, M>,
 ) -> [S::I; M] {
     let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-    s.dot_nibbles_group(&codes[g], ZERO, x.codes, x.sums)
+    s.dot_nibbles_group(&codes[g], x.codes, x.starts_at_8())
 }
 
 /// A code, or its low four bits, among those of some columns.

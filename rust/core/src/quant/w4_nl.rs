@@ -73,7 +73,7 @@ pub(super) fn dots<S: Isa, const M: usize>(
 ) -> [S::I; M] {
     let mut dots = [s.splat_i32(0); M];
     for m in 0..M {
-        dots[m] = s.splat_i32(-S::BYTE_BIAS * x.sums[m]);
+        dots[m] = s.start_bytes(x.starts_at_128()[m]);
     }
     for t in 0..GROUP_STEPS / 2 {
         let w = s.load_bytes(&codes[t]);

@@ -94,7 +94,7 @@ pub fn add<S: Isa, const M: usize>(
     let scales = w4::scales(s, high, g);
     let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
     let (low, _) = low.as_chunks().0.as_chunks();
-    let dots = s.dot_planes_group(&high[g], &low[g], x.codes, x.sums);
+    let dots = s.dot_planes_group(&high[g], &low[g], x.codes, x.starts_at_128());
     add_scaled(s, dots, scales, x.scales, acc);
 }
 

@@ -385,12 +385,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     fn dot_nibbles_group<const M: usize>(
         self,
         codes: &[[u8; 4 * LANES]; 4],
-        zero: i32,
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [Self::I; M] {
         if VNNI {
-            return each_token::nibbles(self, codes, zero, x, sums);
+            return each_token::nibbles(self, codes, x, starts);
         }
         let mask = op!(_mm256_set1_epi8(15));
         let mut out = [self.splat_i32(0); M];
@@ -407,7 +406,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                 }
             }
             for m in 0..M {
-                let start = op!(_mm256_set1_epi32(-zero * sums[m]));
+                let start = op!(_mm256_set1_epi32(starts[m]));
                 out[m][half] = op!(_mm256_add_epi32(start, self.pairs_of_nibbles(acc[m])));
             }
         }
@@ -421,13 +420,13 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         high: &[[u8; 4 * LANES]; 4],
         low: &[[u8; 4 * LANES]; 4],
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [Self::I; M] {
         if VNNI {
-            return each_token::planes(self, high, low, x, sums);
+            return each_token::planes(self, high, low, x, starts);
         }
-        let high = self.dot_nibbles_group(high, 0, x, sums);
-        let mut out = self.dot_nibbles_group(low, 128, x, sums);
+        let high = self.dot_nibbles_group(high, x, &[0; M]);
+        let mut out = self.dot_nibbles_group(low, x, starts);
         for m in 0..M {
             for half in 0..2 {
                 let high = op!(_mm256_slli_epi32::<4>(high[m][half]));

@@ -38,8 +38,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const REGISTERS: usize;
     /// Tokens that one pass over a block of recurrent state takes.
     const DELTA_TOKENS: usize;
-    /// What to add to a byte of `dot_bytes` to get the code it stands for: such a product is
-    /// sum((code - 128 + BYTE_BIAS) x).
+    /// 0 or 128: a product of `dot_bytes` is sum((code - 128 + BYTE_BIAS) x).
     const BYTE_BIAS: i32;
 
     /// 16 `f32`.
@@ -126,31 +125,31 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
     fn prefetch<T>(self, x: &[T], at: usize);
 
-    /// Dot products of 32 columns with M tokens: sum of (code - zero) x, codes up to 15.
+    /// Dot products of 32 columns with M tokens: sum of code x, codes up to 15, plus the token's
+    /// number in `starts`, which for a zero other than 0 is -zero times the sum of x.
     ///
     /// codes: eight columns each, of which the low nibbles have the first four and the high ones
-    /// the next; x: four columns each, tokens innermost; sums: the sum of each token's x.
+    /// the next; x: four columns each, tokens innermost.
     #[inline(always)]
     fn dot_nibbles_group<const M: usize>(
         self,
         codes: &[[u8; 4 * LANES]; 4],
-        zero: i32,
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::nibbles(self, codes, zero, x, sums)
+        each_token::nibbles(self, codes, x, starts)
     }
     /// As `dot_nibbles_group` for codes of a byte: sum of (code - 128) x.
     ///
-    /// codes, x: four columns each.
+    /// codes, x: four columns each; starts: -128 times the sum of each token's x.
     #[inline(always)]
     fn dot_bytes_group<const M: usize>(
         self,
         codes: &[[u8; 4 * LANES]; 8],
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::bytes(self, codes, x, sums)
+        each_token::bytes(self, codes, x, starts)
     }
     /// As `dot_bytes_group` for codes whose halves lie apart, in the order of
     /// `dot_nibbles_group`: sum of (code - 128) x.
@@ -160,9 +159,17 @@ pub trait Isa: Copy + Send + Sync + 'static {
         high: &[[u8; 4 * LANES]; 4],
         low: &[[u8; 4 * LANES]; 4],
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::planes(self, high, low, x, sums)
+        each_token::planes(self, high, low, x, starts)
+    }
+    /// What `dot_bytes` begins with for codes with a zero of 128.
+    ///
+    /// start: -128 times the sum of x, from memory: a number from there is in all lanes for
+    /// nothing, while one that was just computed costs as much as a dot product.
+    #[inline(always)]
+    fn start_bytes(self, start: i32) -> Self::I {
+        self.splat_i32(if Self::BYTE_BIAS == 0 { 0 } else { start })
     }
 }
 
@@ -174,9 +181,8 @@ mod each_token {
     pub fn nibbles<S: Isa, const M: usize>(
         s: S,
         codes: &[[u8; 4 * LANES]; 4],
-        zero: i32,
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [S::I; M] {
         let mut acc = [s.zero_nibbles(); M];
         for t in 0..4 {
@@ -189,7 +195,7 @@ mod each_token {
         }
         let mut out = [s.splat_i32(0); M];
         for m in 0..M {
-            out[m] = s.end_nibbles(acc[m], -zero * sums[m]);
+            out[m] = s.end_nibbles(acc[m], starts[m]);
         }
         out
     }
@@ -199,11 +205,11 @@ mod each_token {
         s: S,
         codes: &[[u8; 4 * LANES]; 8],
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [S::I; M] {
         let mut acc = [s.splat_i32(0); M];
         for m in 0..M {
-            acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
+            acc[m] = s.start_bytes(starts[m]);
         }
         for t in 0..8 {
             let w = s.load_bytes(&codes[t]);
@@ -220,11 +226,11 @@ mod each_token {
         high: &[[u8; 4 * LANES]; 4],
         low: &[[u8; 4 * LANES]; 4],
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [S::I; M] {
         let mut acc = [s.splat_i32(0); M];
         for m in 0..M {
-            acc[m] = s.splat_i32(-S::BYTE_BIAS * sums[m]);
+            acc[m] = s.start_bytes(starts[m]);
         }
         for t in 0..4 {
             let (high, low) = (s.load_bytes(&high[t]), s.load_bytes(&low[t]));

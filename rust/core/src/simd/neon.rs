@@ -72,13 +72,12 @@ impl<const DOTPROD: bool, const I8MM: bool> Neon<DOTPROD, I8MM> {
         each!(vreinterpretq_s8_u8(signed))
     }
 
-    /// The sums of [`products_of_pairs`] by token, less `zero` times the sum of the token's x.
+    /// The sums of [`products_of_pairs`] by token, plus its number in `starts`.
     #[inline(always)]
     fn part_pairs<const M: usize>(
         self,
         acc: [[int32x4_t; 4]; M],
-        zero: i32,
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [[int32x4_t; 4]; M] {
         let mut out = acc;
         for m in (0..M / 2 * 2).step_by(2) {
@@ -86,7 +85,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Neon<DOTPROD, I8MM> {
             out[m + 1] = each!(vuzp2q_s32(acc[m], acc[m + 1]));
         }
         for m in 0..M {
-            out[m] = self.add_i32(out[m], self.splat_i32(-zero * sums[m]));
+            out[m] = self.add_i32(out[m], self.splat_i32(starts[m]));
         }
         out
     }
@@ -534,12 +533,11 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     fn dot_nibbles_group<const M: usize>(
         self,
         codes: &[[u8; 4 * LANES]; 4],
-        zero: i32,
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [Self::I; M] {
         if !I8MM || M == 1 {
-            return each_token::nibbles(self, codes, zero, x, sums);
+            return each_token::nibbles(self, codes, x, starts);
         }
         let mut acc = [self.splat_i32(0); M];
         for t in 0..4 {
@@ -549,17 +547,17 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
             // SAFETY: `self` proves the instructions.
             unsafe { products_of_pairs(&mut acc, low, high, [&x[2 * t], &x[2 * t + 1]]) };
         }
-        self.part_pairs(acc, zero, sums)
+        self.part_pairs(acc, starts)
     }
     #[inline(always)]
     fn dot_bytes_group<const M: usize>(
         self,
         codes: &[[u8; 4 * LANES]; 8],
         x: &[[[i8; 4]; M]; 8],
-        sums: &[i32; M],
+        starts: &[i32; M],
     ) -> [Self::I; M] {
         if !I8MM || M == 1 {
-            return each_token::bytes(self, codes, x, sums);
+            return each_token::bytes(self, codes, x, starts);
         }
         let mut acc = [self.splat_i32(0); M];
         for t in (0..8).step_by(2) {
@@ -568,7 +566,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
             // SAFETY: `self` proves the instructions.
             unsafe { products_of_pairs(&mut acc, first, second, [&x[t], &x[t + 1]]) };
         }
-        self.part_pairs(acc, 0, sums)
+        self.part_pairs(acc, &[0; M])
     }
 }
 
