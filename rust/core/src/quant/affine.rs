@@ -7,8 +7,8 @@
 //!     16 x f16   offsets
 //!     4 x 64 B   codes in the order of W4
 //!
-//! [`W5Affine`] has codes of 5 bits, 6 bits a weight. A block is 384 bytes, because before the codes
-//! are their high bits in the order of W5K.
+//! [`W5Affine`] has codes of 5 bits, 6 bits a weight. A block is 384 bytes, because before the
+//! codes are their high bits in the order of W5K.
 
 use super::k::{FIVE_BITS, NIBBLES, five_bit_code, five_bit_dots};
 use super::w4::nibble;

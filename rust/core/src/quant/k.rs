@@ -33,13 +33,14 @@
 //!     8 x 16 B       a
 //!     8 x 4 x 64 B   codes of a group in the order of W4
 //!
-//! [`W2K`], 2.625 bits: weight = d a code - m b, with d and m one f16 each per row and super-block, a
-//! and b four bits each per row and 16 columns, codes of 2 bits. A super-block is 1344 bytes:
+//! [`W2K`], 2.625 bits: weight = d a code - m b, with d and m one f16 each per row and super-block,
+//! a and b four bits each per row and 16 columns, codes of 2 bits. A super-block is 1344 bytes:
 //!
-//!     16 x f16     d
-//!     16 x f16     m
-//!     16 x 16 B    a in the low nibbles, b in the high ones: of columns 0..16 rows 0..16, of 16..32 ...
-//!     16 x 64 B    16 columns each, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are column 4t + i
+//!     16 x f16       d
+//!     16 x f16       m
+//!     16 x 16 B      of 16 columns each: a of rows 0..16 in the low nibbles, b in the high ones
+//!     16 x 64 B      codes of 16 columns each, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i
+//!                    are column 4t + i
 //!
 //! All is in the order in which the kernels read it: the hardware that asks for the next lines of a
 //! stream gives up if a line is read before an earlier one. With high bits behind the low ones a core

@@ -7,8 +7,8 @@
 //!     32 B       zeros, so that what follows stays at whole cache lines
 //!     8 x 64 B   codes in the order of W4
 //!
-//! weight = 2^(exponent - 128) TABLE[code]. Exponents are up to 252, the last with which all weights are
-//! finite.
+//! weight = 2^(exponent - 128) TABLE[code]. Exponents are up to 252, the last with which all
+//! weights are finite.
 
 use super::w4::{SCALE_BYTES, W4, nibble};
 use super::{GROUP, Group, Packed, add_scaled, w4_nl};

@@ -62,8 +62,8 @@ impl Packed for W4Nl {
     }
 }
 
-/// Exact integer dot products of a group, whose codes are places in a table in the order of W4, with
-/// M tokens. table: as [`bytes`].
+/// Exact integer dot products of a group, whose codes are places in a table in the order of W4,
+/// with M tokens. table: as of [`bytes`].
 #[inline(always)]
 pub(super) fn dots<S: Isa, const M: usize>(
     s: S,
