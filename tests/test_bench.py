@@ -314,7 +314,10 @@ def test_a_plot_has_the_panels_that_rows_fill(row, tmp_path):
         name = row.model_type.removeprefix("qwen35 ")
         assert f"<!-- {name}, tg4, 2 threads" in text
         assert f"<!-- qdelta {qdelta.__version__}, {row.test_time[:10]} -->" in text
-    assert "2.00× (1.80 to 2.10) theirs" in drawn(with_peer(row))
+    for deviations in (0, 1, 3):
+        spread = with_peer(row)
+        spread.stddev_ts = deviations * row.avg_ts
+        assert "2.00× (1.80 to 2.10) theirs" in drawn(spread)
     assert drawn(row) == drawn(row)
 
 

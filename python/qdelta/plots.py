@@ -204,15 +204,15 @@ def _against_panel(title: str, rows: Sequence[Row]) -> Panel:
         for name, places, colour, rates in values:
             means, spread = zip(*rates, strict=True)
             ax.barh(places, means, 0.36, xerr=spread, color=colour, capsize=2, label=name)
-        for i, (row, other) in enumerate(pairs):
-            end = max(row.avg_ts + row.stddev_ts, other.avg_ts + other.stddev_ts)
+        ends = [max(x.avg_ts + x.stddev_ts for x in pair) for pair in pairs]
+        for i, (end, (_, other)) in enumerate(zip(ends, pairs, strict=True)):
             spread_text = f"{other.ratio_min:.2f} to {other.ratio_max:.2f}"
             text = f"{other.ratio:.2f}× ({spread_text}) {other.model_type}"
             ax.annotate(text, (end, i), (6, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set_title(title, loc="left")
         ax.set_xlabel("tokens per second (ratio: median over pairs, least to most)")
         # Room for the text behind the longest bar.
-        ax.set_xlim(0, 1.9 * max(max(row.avg_ts, other.avg_ts) for row, other in pairs))
+        ax.set_xlim(0, 1.9 * max(ends))
         _legend(ax)
 
     return Panel(_bars_height(len(rows), 2) + 0.3, draw)
