@@ -14,6 +14,7 @@ import pytest
 
 import qdelta
 from qdelta import _native, weights
+from qdelta.cache import cache_folder
 from tiny import Container, make_checkpoint, only_file
 
 # Enough weights for a conversion of some tenths of a second.
@@ -109,10 +110,10 @@ def test_the_environment_names_the_folder(
 def test_the_platforms_place(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("QDELTA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert weights.cache_folder() == Path("/somewhere/qdelta")
+    assert cache_folder() == Path("/somewhere/qdelta")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert weights.cache_folder() == Path("/home/someone/.cache/qdelta")
+    assert cache_folder() == Path("/home/someone/.cache/qdelta")
 
 
 # ------------------------------------------------------------------------------ fresh or stale

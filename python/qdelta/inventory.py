@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import _native, archive, gguf_names, hub, hub_cache, weights
+from .cache import cache_folder
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
 
 _CONVERTED = (*weights.RECIPES, "gguf")
@@ -39,7 +40,7 @@ class Held:
 
 def held(cache: str | Path | None = None) -> list[Held]:
     """All models here that this program can use, and converted files. Opens headers only."""
-    folder = weights.cache_folder(cache)
+    folder = cache_folder(cache)
     found = [_held_kept(name, folder) for name in archive.kept_names(folder)]
     origins: dict[Path, str] = {}
     for repo in hub_cache.repos():
@@ -158,7 +159,7 @@ def removals(
         raise ArgumentError(f"{name}: is a path; models are removed by name, this is yours")
     found = []
     if not converted:
-        folder = weights.cache_folder(cache)
+        folder = cache_folder(cache)
         for one in kept_as(name, folder):
             place = archive.kept_folder(one, folder)
             found.append(Removal("kept model", place, sum(hub_cache.files(place).values())))
@@ -188,9 +189,9 @@ def remove(name: str, *, converted: bool = False, cache: str | Path | None = Non
     freed = sum(remove_converted(path) for path in converted_from(_path_or_name(name), cache))
     if converted:
         return freed
-    for one in kept_as(name, weights.cache_folder(cache)):
+    for one in kept_as(name, cache_folder(cache)):
         with kept_place(one, cache) as place:
-            freed += archive.remove_kept(one, weights.cache_folder(cache))
+            freed += archive.remove_kept(one, cache_folder(cache))
         Path(f"{place}.lock").unlink(missing_ok=True)
     repo, wanted = hub.split_name(name)
     if wanted is not None:
@@ -261,7 +262,7 @@ def _tree_bytes(folder: Path) -> int:
 @contextmanager
 def kept_place(name: str, cache: str | Path | None) -> Iterator[Path]:
     """The folder for the kept model `name`, while no other process works on it."""
-    folder = archive.kept_folder(name, weights.cache_folder(cache))
+    folder = archive.kept_folder(name, cache_folder(cache))
     with weights.locked(folder):
         archive.clear_leftovers(folder)
         yield folder

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from . import _native, archive, gguf_names, hub, hub_cache, inventory, weights
+from .cache import cache_folder
 from .errors import ArgumentError, Error, FileError
 from .progress import step_counter
 from .source import locate
@@ -41,7 +42,7 @@ def pull(
         return _pull_converted(name, only, revision, cache, progress)
     name = full_name(name, only)
     path = hub.resolve(name, revision=revision, progress=progress, papers=True)
-    archive.remove_kept(name, weights.cache_folder(cache))
+    archive.remove_kept(name, cache_folder(cache))
     return path
 
 

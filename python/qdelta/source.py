@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from . import gguf, hub, hub_cache
+from .cache import cache_folder
 from .errors import ArgumentError, FileError
 from .vocabulary import TOKENIZER_FILES, read_folder
 
@@ -88,8 +89,6 @@ def _on_this_computer(
 
     if isinstance(source, Path) or not is_name:
         return archive.model_in(path)  # opening it tells what is wrong, if it is not there
-    from .weights import cache_folder
-
     commit = None if revision is None else hub_cache.commit(hub.split_name(source)[0], revision)
     return archive.find_kept(source, commit, cache_folder(cache))
 

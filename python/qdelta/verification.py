@@ -16,7 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import _native, archive, digests, gguf_names, hub, hub_cache, inventory, weights
+from . import _native, archive, digests, gguf_names, hub, hub_cache, inventory
+from .cache import cache_folder
 from .errors import ArgumentError, Error, FileAccessError
 from .progress import step_counter
 
@@ -91,7 +92,7 @@ def _of_name(
 ) -> Iterator[_Task]:
     """All that is here of the model `name`."""
     repo, wanted = hub.split_name(name)
-    folder = weights.cache_folder(cache)
+    folder = cache_folder(cache)
     for one in inventory.kept_as(name, folder) if revision is None else ():
         kept = archive.kept_folder(one, folder)
         if manifest := archive.read_manifest(kept):

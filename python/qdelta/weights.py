@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native, gguf, hub_cache
+from .cache import cache_folder
 from .errors import ArgumentError, Error, FileAccessError, UnsupportedError
 from .hub import SMALL_FILES
 from .progress import byte_bar
@@ -222,20 +223,6 @@ def automatic(source: _native.Checkpoint) -> str:
     """The recipe that a checkpoint is converted by if nobody says."""
     quantised = any(dtype not in _FLOATS for _, dtype, _, _, _ in source.tensors())
     return "gguf" if quantised else DEFAULT
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where converted files are kept: `cache`, `QDELTA_CACHE`, or the platform's place."""
-    given = cache or os.environ.get("QDELTA_CACHE")
-    if given:
-        return Path(given).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-        return (Path(base) if base else Path.home() / "AppData" / "Local") / "qdelta" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qdelta"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qdelta"
 
 
 def converted_path(path: str | Path, quant: str, cache: str | Path | None = None) -> Path:

@@ -1,6 +1,6 @@
 //! A ceiling on the bytes that a model and its sessions hold.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, readable};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -85,17 +85,6 @@ impl Drop for Held {
     }
 }
 
-/// A number of bytes that a person can read.
-pub fn readable(bytes: usize) -> String {
-    let bytes = bytes as f64;
-    match bytes {
-        _ if bytes >= 1024.0 * 1024.0 * 1024.0 => format!("{:.2} GiB", bytes / (1u64 << 30) as f64),
-        _ if bytes >= 1024.0 * 1024.0 => format!("{:.1} MiB", bytes / (1u64 << 20) as f64),
-        _ if bytes >= 1024.0 => format!("{:.1} KiB", bytes / 1024.0),
-        _ => format!("{bytes} B"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,18 +129,5 @@ mod tests {
         });
         // Each stopped when fewer than 7 were left; what they gave back came later.
         assert!(held * 7 <= 4 * 1000 && budget.held() == 0);
-    }
-
-    #[test]
-    fn sizes_for_people() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1536, "1.5 KiB"),
-            (5 << 20, "5.0 MiB"),
-            (7 << 30, "7.00 GiB"),
-        ] {
-            assert_eq!(readable(bytes), text);
-        }
     }
 }

@@ -1,6 +1,5 @@
 //! What can go wrong, in the words of the caller's world: files, tensors, arguments.
 
-use crate::budget::readable;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -100,6 +99,35 @@ impl std::error::Error for Error {
         match self {
             Error::Io { source, .. } => Some(source),
             _ => None,
+        }
+    }
+}
+
+/// A number of bytes that a person can read.
+pub fn readable(bytes: usize) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        _ if bytes >= 1024.0 * 1024.0 * 1024.0 => format!("{:.2} GiB", bytes / (1u64 << 30) as f64),
+        _ if bytes >= 1024.0 * 1024.0 => format!("{:.1} MiB", bytes / (1u64 << 20) as f64),
+        _ if bytes >= 1024.0 => format!("{:.1} KiB", bytes / 1024.0),
+        _ => format!("{bytes} B"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_for_people() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (5 << 20, "5.0 MiB"),
+            (7 << 30, "7.00 GiB"),
+        ] {
+            assert_eq!(readable(bytes), text);
         }
     }
 }

@@ -6,7 +6,7 @@
 //! number of tokens nor on how the work is cut, so prefill and decode agree to the bit.
 
 use super::quantize::QuantTile;
-use super::{AHEAD, load_some, planes};
+use super::{ask_ahead, load_some, planes, run_tile};
 use crate::quant::float::{Bf16, F16, F32, Float};
 use crate::quant::w8_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
@@ -36,28 +36,6 @@ pub fn packed(
     with_packed!(format, P => {
         cpu.run(PackedProduct::<P> { panels, bytes, x, ahead, y, format: PhantomData })
     });
-}
-
-/// Asks for a part of a block of `size` bytes, as long before its use as memory takes to answer.
-///
-/// at: where the present block starts; part: which one, of how many. A whole block at once is more than
-/// a core keeps requests for. With one token a Zen 5 reads W4K, W5K and W6K at the rate of plain reading
-/// so, and at 0.9, 0.7 and 0.7 of it without.
-#[inline(always)]
-pub(super) fn ask_ahead<S: Isa>(
-    s: S,
-    bytes: &[u8],
-    at: usize,
-    size: usize,
-    (part, parts): (usize, usize),
-) {
-    const LINE: usize = 64;
-    let lines = size / LINE;
-    let mut line = part * lines / parts;
-    while line < (part + 1) * lines / parts {
-        s.prefetch(bytes, at + AHEAD + line * LINE);
-        line += 1;
-    }
 }
 
 struct PackedProduct<'a, P> {
@@ -98,16 +76,7 @@ impl<P: Packed> Kernel for PackedProduct<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        macro_rules! tiles {
-            ($($m:literal)*) => {
-                match self.x.tokens() {
-                    0 => {}
-                    $($m if $m <= S::TILE_TOKENS => self.tile::<S, $m>(s),)*
-                    m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
-                }
-            };
-        }
-        tiles!(1 2 3 4 5 6 7 8 9 10 11 12)
+        run_tile!(self, s, S)
     }
 }
 

@@ -13,8 +13,8 @@
 //!
 //! which needs no more than the scales of the high plane.
 
-use super::matmul::ask_ahead;
 use super::quantize::QuantTile;
+use super::{ask_ahead, run_tile};
 use crate::quant::w8_planes::{self, HIGH_BYTES, LOW_BYTES, Planes};
 use crate::quant::{BLOCK, PANEL_ROWS, w4};
 use crate::simd::{Cpu, Isa, Kernel};
@@ -105,16 +105,7 @@ impl Kernel for Product<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        macro_rules! tiles {
-            ($($m:literal)*) => {
-                match self.x.tokens() {
-                    0 => {}
-                    $($m if $m <= S::TILE_TOKENS => self.tile::<S, $m>(s),)*
-                    m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
-                }
-            };
-        }
-        tiles!(1 2 3 4 5 6 7 8 9 10 11 12)
+        run_tile!(self, s, S)
     }
 }
 

@@ -7,7 +7,7 @@
 
 use super::forward::PIECE;
 use super::tensors::{mtp_tensors, text_tensors, vision_tensors};
-use crate::budget::readable;
+use crate::error::readable;
 use crate::error::{Error, Result, json_text, short};
 use crate::kernels::rope::Yarn;
 use crate::layers::block::Scratch;

@@ -11,7 +11,7 @@ use super::forward::{Options, PIECE};
 use super::recipe::{self, Storage};
 use super::tensors::{Role, TensorSpec, text_tensors};
 use super::weights::{Source, find_matrix};
-use crate::budget::readable;
+use crate::error::readable;
 use crate::error::{Error, Result};
 use crate::layers::block::Scratch;
 use crate::layers::head::Head;
