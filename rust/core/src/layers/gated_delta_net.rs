@@ -178,6 +178,14 @@ impl Kernel for Unit<'_> {
     #[inline(always)]
     fn run<S: Isa>(mut self, s: S) {
         let tokens = self.y.rows().len() / self.layer.heads.rows();
+        // What is read from memory comes while the first of it is worked on.
+        for (taps, state) in self.layer.conv1d[self.key].iter().zip(&self.state.conv) {
+            ask(s, taps, usize::MAX);
+            ask(s, state, usize::MAX);
+        }
+        for value in &self.state.values {
+            value.ask_isa(s);
+        }
         let mut first = 0;
         while first < tokens {
             let n = MAX_TOKENS.min(tokens - first);
@@ -202,12 +210,6 @@ impl Unit<'_> {
         v.resize(n * v_width, 0.0);
         y.resize(n * d_v, 0.0);
 
-        // What is read from memory comes while the rest is computed.
-        for (taps, state) in self.layer.conv1d[key].iter().zip(&self.state.conv) {
-            ask(s, taps, usize::MAX);
-            ask(s, state, usize::MAX);
-        }
-        self.state.values.iter().for_each(|value| value.ask_isa(s));
         for (part, (taps, state)) in
             self.layer.conv1d[key].iter().zip(&mut self.state.conv).enumerate()
         {
