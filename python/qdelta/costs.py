@@ -29,18 +29,26 @@ def prefill_operations(config: dict[str, Any], positions: float) -> dict[str, fl
     """Operations of a prompt's token that attends to `positions`, a product and a sum two.
 
     Two for a weight of the layers; seven for each element of the recurrent states; four for each
-    position and each element of a query head, in key and value. The head reads the last token
-    only, which is not counted.
+    position and each element of a query head, in key and value. Of a full-attention layer at the
+    end, nobody reads more than keys and values, but for the last token; that one and the head,
+    which reads no other, are not counted.
     """
     text = config.get("text_config", config)
     head = text["vocab_size"] * text["hidden_size"]
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    full = text["num_hidden_layers"] // text.get("full_attention_interval", 4)
-    linear = text["num_hidden_layers"] - full
+    layers, interval = text["num_hidden_layers"], text.get("full_attention_interval", 4)
+    full = layers // interval
+    linear = layers - full
+    queries = text["num_attention_heads"] * text["head_dim"]
+    weights = parameters(config) - (head if tied else 2 * head)
+    if layers % interval == 0:
+        full -= 1
+        # Queries with their gates, output projection, MLP.
+        weights -= text["hidden_size"] * (3 * queries + 3 * text["intermediate_size"])
     state = text["linear_num_value_heads"] * text["linear_key_head_dim"]
     state *= linear * text["linear_value_head_dim"]
     return {
-        "matrices": 2 * (parameters(config) - (head if tied else 2 * head)),
+        "matrices": 2 * weights,
         "delta_rule": 7 * state,
-        "attention": 4 * full * text["num_attention_heads"] * text["head_dim"] * positions,
+        "attention": 4 * full * queries * positions,
     }

@@ -47,6 +47,21 @@ pub struct Positions<'a> {
     pub past: usize,
     /// Cosines and sines per token: [tokens, rotary_dim / 2].
     pub angles: &'a [[f32; 2]],
+    /// rotary_dim / 2
+    pub rotary: usize,
+}
+
+impl Positions<'_> {
+    /// Those of some of the tokens.
+    pub fn of(self, tokens: Range<usize>) -> Self {
+        let angles = &self.angles[tokens.start * self.rotary..tokens.end * self.rotary];
+        Positions { past: self.past + tokens.start, angles, ..self }
+    }
+
+    /// The angles of a token of the call.
+    fn angles_of(&self, token: usize) -> &[[f32; 2]] {
+        &self.angles[token * self.rotary..][..self.rotary]
+    }
 }
 
 /// Work space of one thread.
@@ -70,6 +85,20 @@ impl Attention {
         [&self.q_proj, &self.k_proj, &self.v_proj]
     }
 
+    /// Leaves the keys and values of `x` in the cache, which has room for them, and computes nothing
+    /// else. `projected` is work space.
+    pub fn remember(
+        &self,
+        ctx: Context<'_>,
+        x: &mut Input,
+        cache: &mut [KvHead],
+        positions: Positions<'_>,
+        projected: &mut Vec<f32>,
+    ) {
+        let width = project_side_by_side(ctx, &[&self.k_proj, &self.v_proj], x, projected);
+        self.append(ctx.under(Part::Attention), cache, positions, (width, 0), projected);
+    }
+
     /// Adds the result for `x` to `residual`: [tokens, hidden]. The cache has room for the tokens.
     /// `projected`, `mixed`, `parts` and `tiles` are work space.
     #[allow(clippy::too_many_arguments)]
@@ -85,29 +114,14 @@ impl Attention {
         tiles: &[Mutex<TileScratch>],
         residual: &mut [f32],
     ) {
-        let matrices = self.projections();
+        let width = project_side_by_side(ctx, &self.projections(), x, projected);
         let [norms, products] = [Part::Norms, Part::Matrices].map(|part| ctx.under(part));
         let ctx = ctx.under(Part::Attention);
-        x.prepare(norms, &matrices);
-        let width: usize = matrices.iter().map(|m| m.width()).sum();
         let tokens = x.tokens();
-        resize(projected, tokens * width);
-        project(products, &matrices, x, false, projected);
         self.trace_projections(ctx, width, projected);
+        self.append(ctx, cache, positions, (width, self.q_proj.width()), projected);
 
-        let projected = &projected[..];
-        let append = |head: usize, cache: &mut KvHead| {
-            self.append(ctx, head, cache, positions, width, projected);
-        };
-        if tokens <= FEW_TOKENS {
-            ctx.alone(|| {
-                cache.iter_mut().enumerate().for_each(|(head, cache)| append(head, cache));
-            });
-        } else {
-            ctx.run_each(cache, |_| (), |(), head, cache| append(head, cache));
-        }
-
-        let cache = &*cache;
+        let (cache, projected) = (&*cache, &projected[..]);
         let unit = |kv: usize, tokens: Range<usize>, chunks: Range<usize>| Unit {
             layer: self,
             ctx,
@@ -170,20 +184,42 @@ impl Attention {
         project(products, &[&self.o_proj], mixed, true, residual);
     }
 
-    /// Normalises, rotates and stores the new keys and values of one head.
+    /// Normalises, rotates and stores the new keys and values.
+    ///
+    /// projected: [tokens, width], of which `first` columns are before the keys.
     fn append(
+        &self,
+        ctx: Context<'_>,
+        cache: &mut [KvHead],
+        positions: Positions<'_>,
+        (width, first): (usize, usize),
+        projected: &[f32],
+    ) {
+        let append = |head: usize, cache: &mut KvHead| {
+            self.append_head(ctx, head, cache, positions, (width, first), projected);
+        };
+        if projected.len() <= FEW_TOKENS * width {
+            ctx.alone(|| {
+                cache.iter_mut().enumerate().for_each(|(head, cache)| append(head, cache));
+            });
+        } else {
+            ctx.run_each(cache, |_| (), |(), head, cache| append(head, cache));
+        }
+    }
+
+    /// As [`Attention::append`], of one head.
+    fn append_head(
         &self,
         ctx: Context<'_>,
         head: usize,
         cache: &mut KvHead,
         positions: Positions<'_>,
-        width: usize,
+        (width, first): (usize, usize),
         projected: &[f32],
     ) {
         let dim = self.heads.dim;
-        let k_col = self.q_proj.width() + head * dim;
-        let v_col = self.q_proj.width() + self.k_proj.width() + head * dim;
-        let rotary = positions.angles.len() / (projected.len() / width);
+        let k_col = first + head * dim;
+        let v_col = first + self.k_proj.width() + head * dim;
         let mut key = vec![0.0; dim];
         for (t, row) in projected.chunks_exact(width).enumerate() {
             let position = positions.past + t;
@@ -198,7 +234,7 @@ impl Attention {
                 let width = self.heads.kv * dim;
                 trace.layer_part("k_norm", width, head * dim, std::iter::once((t, &key[..])));
             }
-            rope::rotate(&positions.angles[t * rotary..][..rotary], &mut key);
+            rope::rotate(positions.angles_of(t), &mut key);
             if let Some(trace) = ctx.trace {
                 let width = self.heads.kv * dim;
                 trace.layer_part("k_rope", width, head * dim, std::iter::once((t, &key[..])));
@@ -218,6 +254,21 @@ impl Attention {
             first += matrix.width();
         }
     }
+}
+
+/// Products of `x` with matrices that begin an attention layer. out: becomes [tokens, the width that
+/// is returned].
+fn project_side_by_side(
+    ctx: Context<'_>,
+    matrices: &[&Matrix],
+    x: &mut Input,
+    out: &mut Vec<f32>,
+) -> usize {
+    x.prepare(ctx.under(Part::Norms), matrices);
+    let width = matrices.iter().map(|m| m.width()).sum();
+    resize(out, x.tokens() * width);
+    project(ctx.under(Part::Matrices), matrices, x, false, out);
+    width
 }
 
 /// Elements of what units of a few chunks leave to be joined, of few tokens among `positions`.
@@ -364,7 +415,6 @@ impl Unit<'_> {
         let padded = dim.next_multiple_of(LANES);
         scratch.partials.resize_with(groups, || Partial::new(padded));
         scratch.partials.iter_mut().for_each(Partial::reset);
-        let rotary = self.positions.angles.len() / (self.projected.len() / self.width);
         let scale = 1.0 / (dim as f32).sqrt();
         for row in 0..rows {
             let token = self.tokens.start + row / queries_per_kv;
@@ -376,7 +426,7 @@ impl Unit<'_> {
                 let width = kv * queries_per_kv * dim;
                 trace.layer_part("q_norm", width, head * dim, std::iter::once((token, &query[..])));
             }
-            rope::rotate(&self.positions.angles[token * rotary..][..rotary], query);
+            rope::rotate(self.positions.angles_of(token), query);
             if let Some(trace) = self.ctx.trace {
                 let width = kv * queries_per_kv * dim;
                 trace.layer_part("q_rope", width, head * dim, std::iter::once((token, &query[..])));

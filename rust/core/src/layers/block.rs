@@ -74,6 +74,28 @@ impl Scratch {
 }
 
 impl Block {
+    /// Takes tokens out of the residual stream `scratch.x` whose output nobody reads, the first
+    /// `unread`: full attention keeps their keys and values, and is spared the rest. Returns how many
+    /// it took; none if the mixer is linear, whose state needs most of the work.
+    pub fn take_unread(
+        &self,
+        ctx: Context<'_>,
+        state: &mut LayerState,
+        positions: Positions<'_>,
+        scratch: &mut Scratch,
+        unread: usize,
+    ) -> usize {
+        let (Mixer::Full(mixer), LayerState::Full(cache)) = (&self.mixer, state) else { return 0 };
+        if unread > 0 {
+            let Scratch { x, input, projected, .. } = scratch;
+            let end = unread * self.input_layernorm.len();
+            input.set_normed(ctx.under(Part::Norms), &x[..end], &self.input_layernorm, self.eps);
+            mixer.remember(ctx, input, cache, positions.of(0..unread), projected);
+            x.drain(..end);
+        }
+        unread
+    }
+
     /// Runs the layer on the residual stream `scratch.x`.
     pub fn forward(
         &self,

@@ -213,34 +213,45 @@ impl Model {
                 }
             }
         }
-        let positions = Positions { past, angles: &angles };
+        // The tokens before this one have no output of the last layer that anybody reads.
+        let first = match rows {
+            _ if trace.is_some() => 0,
+            Rows::All => 0,
+            Rows::Last => tokens.len() - 1,
+            Rows::None => tokens.len(),
+        };
+        let mut positions = Positions { past, angles: &angles, rotary: self.rope.len() };
+        let last = self.weights.blocks.len() - 1;
+        let mut taken = 0;
         for (i, (block, state)) in self.weights.blocks.iter().zip(&mut state.layers).enumerate() {
             if let Some(trace) = trace {
                 trace.enter_layer(i);
             }
-            block.forward(ctx, state, positions, scratch);
+            if i == last {
+                taken = block.take_unread(ctx, state, positions, scratch, first);
+                positions = positions.of(taken..tokens.len());
+            }
+            if taken < tokens.len() {
+                block.forward(ctx, state, positions, scratch);
+            }
         }
         if let Some(trial) = trial {
             self.ahead.end(&trial);
         }
         state.tokens.extend_from_slice(tokens);
 
-        let first = match rows {
-            Rows::All => 0,
-            Rows::Last => tokens.len() - 1,
-            Rows::None if trace.is_some() => 0,
-            Rows::None => return,
-        };
+        if first == tokens.len() {
+            return;
+        }
         let ctx = ctx.under(Part::Head);
         head.set_normed(
             ctx,
-            &scratch.x[first * hidden..],
+            &scratch.x[(first - taken) * hidden..],
             &self.weights.norm,
             self.config.rms_norm_eps,
         );
         if let Some(trace) = trace {
-            let rows = head.rows.chunks_exact(hidden).enumerate();
-            trace.part("final_norm", hidden, 0, rows.map(|(i, row)| (first + i, row)));
+            trace.part("final_norm", hidden, 0, head.rows.chunks_exact(hidden).enumerate());
         }
         if rows != Rows::None {
             head.prepare(ctx, &[&self.weights.lm_head]);
