@@ -378,7 +378,7 @@ fn attention_block() {
                     ctx,
                     &mut input,
                     &mut cache,
-                    Positions { past, angles: &angles },
+                    Positions { past, angles: &angles, rotary: rope.len() },
                     &mut Vec::new(),
                     &mut Input::default(),
                     &mut Vec::new(),
