@@ -10,8 +10,8 @@ A line is a pattern and a format; the first pattern that matches a matrix counts
     *.linear_attn.in_proj_[ab]   keep
 
 Names are those of checkpoints without `model.language_model.` and `.weight`. Formats: w4, w4_nl,
-w4_k, w5_k, w6_k, w8, w8_planes, and keep for the checkpoint's own numbers. The ones that end in k
-take rows of a multiple of 256 columns; of several formats the first that fits is taken.
+w4_k, w5_k, w6_k, w6_planes, w8, w8_planes, and keep for the checkpoint's own numbers. The ones that
+end in k take rows of a multiple of 256 columns; of several formats the first that fits is taken.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from . import _native
 
 NAMES = ("balanced", "small", "fine", "best")
-FORMATS = ("keep", "w4", "w4_nl", "w4_k", "w5_k", "w6_k", "w8", "w8_planes")
+FORMATS = ("keep", "w4", "w4_nl", "w4_k", "w5_k", "w6_k", "w6_planes", "w8", "w8_planes")
 _SUPER_BLOCK = 256
 
 

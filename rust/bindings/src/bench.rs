@@ -12,7 +12,7 @@ pub mod kernels {
 
     /// Seconds for `repeats` products of a random [rows, cols] matrix with `tokens` rows.
     ///
-    /// format: bf16, f16, f32, w8, w8_planes or w4.
+    /// format: bf16, f16, f32, or one of panels, as w8, w6_planes or w4_k.
     #[pyfunction]
     fn matmul(
         py: Python<'_>,

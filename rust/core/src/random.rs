@@ -1,6 +1,6 @@
 //! Random numbers for synthetic weights and benchmarks.
 
-use crate::quant::{BlockType, Format, affine, k, w4, w8, w8_planes};
+use crate::quant::{BlockType, Format, affine, k, two_planes, w4, w8};
 use crate::simd::LANES;
 use half::{bf16, f16};
 
@@ -54,10 +54,11 @@ impl Random {
             Format::W8 => {
                 self.fill_blocks(w8::BLOCK_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes)
             }
-            Format::W8Planes if plane == 0 => {
-                self.fill_blocks(w8_planes::HIGH_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes);
+            Format::W8Planes | Format::W6Planes if plane == 1 => self.fill_codes(bytes),
+            Format::W8Planes | Format::W6Planes => {
+                let scale = scale / if format == Format::W8Planes { 128.0 } else { 32.0 };
+                self.fill_blocks(two_planes::HIGH_BYTES, (w4::SCALE_BYTES, scale), bytes);
             }
-            Format::W8Planes => self.fill_codes(bytes),
             // Factors of scales and offsets are random bytes, 128 in the mean.
             Format::W2K => self.fill_blocks(k::W2K_BYTES, (4 * LANES, scale / 16.0), bytes),
             Format::W4K => self.fill_blocks(k::W4K_BYTES, (4 * LANES, scale / 1024.0), bytes),

@@ -8,7 +8,7 @@
 use super::quantize::QuantTile;
 use super::{ask_ahead, load_some, planes, run_tile};
 use crate::quant::float::{Bf16, F16, F32, Float};
-use crate::quant::w8_planes::Planes;
+use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::marker::PhantomData;
@@ -30,8 +30,8 @@ pub fn packed(
     let bytes = panel_bytes(format, cols);
     assert!(panels.len().is_multiple_of(bytes));
     assert_eq!(y.len(), panels.len() / bytes * PANEL_ROWS * x.tokens());
-    if format == Format::W8Planes {
-        return planes::product(cpu, Planes::new(panels), cols, x, ahead, y);
+    if format.is_in_planes() {
+        return planes::product(cpu, Planes::new(format, panels), cols, x, ahead, y);
     }
     with_packed!(format, P => {
         cpu.run(PackedProduct::<P> { panels, bytes, x, ahead, y, format: PhantomData })
@@ -202,7 +202,8 @@ impl<F: Float> Kernel for FloatProduct<'_, F> {
 mod tests {
     use super::*;
     use crate::kernels::testing::{Made, Panels, assert_close, pack, random};
-    use crate::quant::decode_row;
+    use crate::quant::w4::SCALE_BYTES;
+    use crate::quant::{BLOCK, GROUP, decode_row};
     use half::{bf16, f16};
 
     #[test]
@@ -279,13 +280,40 @@ mod tests {
         }
     }
 
+    /// A matrix of W6Planes as W8: four times the codes, a quarter of the scales.
+    fn six_bits_as_w8(planes: &[u8], cols: usize) -> Vec<u8> {
+        let planes = Planes::new(Format::W6Planes, planes);
+        let mut out = Vec::new();
+        for (b, high) in planes.high.iter().enumerate() {
+            let (scales, _) = high[..SCALE_BYTES].as_chunks();
+            let scales: Vec<_> = scales.iter().map(|s| f16::from_le_bytes(*s).to_f32()).collect();
+            out.extend(scales.iter().flat_map(|scale| f16::from_f32(scale / 4.0).to_le_bytes()));
+            let (panel, block) = (b / cols.div_ceil(BLOCK), b % cols.div_ceil(BLOCK));
+            let panel = planes.panels(panel..panel + 1, cols);
+            for i in 0..BLOCK * PANEL_ROWS {
+                let (row, col) = (i / 4 % PANEL_ROWS, i / 4 / PANEL_ROWS * 4 + i % 4);
+                let scale = scales[col / GROUP * PANEL_ROWS + row];
+                let number = if scale == 0.0 { 0.0 } else { panel.decode(block, row, col) / scale };
+                assert!(number.fract() == 0.0 && (-32.0..32.0).contains(&number), "{number}");
+                out.push((128 + 4 * number as i32) as u8);
+            }
+        }
+        out
+    }
+
     #[test]
     fn two_planes_have_the_bits_of_w8() {
-        for cpu in Cpu::all() {
+        for (cpu, format) in Cpu::all()
+            .into_iter()
+            .flat_map(|cpu| [Format::W8Planes, Format::W6Planes].map(|format| (cpu, format)))
+        {
             for (rows, cols) in [(1, 1), (16, 64), (33, 200), (80, 1024)] {
                 let w = random(rows * cols, 12);
-                let [whole, planes] =
-                    [Format::W8, Format::W8Planes].map(|format| pack(cpu, format, &w, cols));
+                let planes = pack(cpu, format, &w, cols);
+                let whole = match format {
+                    Format::W8Planes => pack(cpu, Format::W8, &w, cols),
+                    _ => six_bits_as_w8(&planes, cols),
+                };
                 for tokens in 1..=cpu.tile_tokens() {
                     // All signs of the largest code, and values in between.
                     let mut x = random(tokens * cols, 13);
@@ -295,8 +323,9 @@ mod tests {
                     tile.quantize(cpu, &x, cols);
                     let mut y = [(); 2].map(|_| vec![0.0; tokens * rows.next_multiple_of(16)]);
                     packed(cpu, Format::W8, &whole, cols, &tile, true, &mut y[0]);
-                    packed(cpu, Format::W8Planes, &planes, cols, &tile, true, &mut y[1]);
-                    assert_eq!(y[0], y[1], "{cpu:?} {rows}x{cols}, {tokens} tokens");
+                    packed(cpu, format, &planes, cols, &tile, true, &mut y[1]);
+                    let what = format!("{cpu:?} {format:?} {rows}x{cols}, {tokens} tokens");
+                    assert_eq!(y[0], y[1], "{what}");
                 }
             }
         }

@@ -11,8 +11,8 @@ use super::Context;
 use super::linear::{Input, Matrix, chunk_cols};
 use crate::error::{Error, Result};
 use crate::kernels::{planes, select};
-use crate::quant::w8_planes::Planes;
-use crate::quant::{Format, PANEL_ROWS};
+use crate::quant::PANEL_ROWS;
+use crate::quant::two_planes::Planes;
 use std::str::FromStr;
 
 /// How the best tokens are found.
@@ -166,9 +166,9 @@ fn score_in_place(
 
 /// Estimates of all outputs, then the variances of their errors. out: becomes [2, w.rows].
 fn estimate(ctx: Context<'_>, w: &Matrix, x: &Input, out: &mut Vec<f32>) {
-    assert_eq!((w.format, x.tokens()), (Format::W8Planes, 1));
+    assert_eq!(x.tokens(), 1);
     out.resize(2 * w.rows, 0.0);
-    let matrix = Planes::new(&w.bytes);
+    let matrix = Planes::new(w.format, &w.bytes);
     ctx.run_tiles(
         out,
         w.rows,
@@ -193,15 +193,14 @@ mod tests {
     use crate::kernels::testing::random;
     use crate::layers::linear::project;
     use crate::pool::Pool;
+    use crate::quant::two_planes::HIGH_BYTES;
     use crate::quant::w4::SCALE_BYTES;
-    use crate::quant::w8_planes::HIGH_BYTES;
-    use crate::quant::{encode_panel, panel_bytes, planes};
+    use crate::quant::{Format, encode_panel, panel_bytes, planes};
     use crate::simd::Cpu;
     use crate::tensor::{AlignedBuf, Bytes};
     use half::f16;
 
-    fn matrix(rows: usize, cols: usize) -> Matrix {
-        let format = Format::W8Planes;
+    fn matrix(format: Format, rows: usize, cols: usize) -> Matrix {
         let w = random(rows * cols, 30);
         let mut bytes = AlignedBuf::new(format.bytes(rows, cols));
         let mut panel = vec![0; panel_bytes(format, cols)];
@@ -246,13 +245,17 @@ mod tests {
 
     #[test]
     fn screening_finds_the_best_of_all() {
-        let shapes = [(4000, 256), (4001, 100), (6000, 1024)].map(|(r, c)| matrix(r, c));
+        let shapes = [(4000, 256), (4001, 100), (6000, 1024)];
+        let matrices: Vec<_> = [Format::W8Planes, Format::W6Planes]
+            .into_iter()
+            .flat_map(|format| shapes.map(|(rows, cols)| matrix(format, rows, cols)))
+            .collect();
         for cpu in Cpu::all() {
             for threads in [1, 2, 3] {
                 let pool = Pool::new(threads);
                 let team = pool.team();
                 let ctx = Context::new(cpu, &team);
-                for w in &shapes {
+                for w in &matrices {
                     for seed in 31..35 {
                         let x = input(ctx, w, seed);
                         for k in [1, 5, 20] {
@@ -269,7 +272,7 @@ mod tests {
 
     #[test]
     fn changed_rows_count_with_their_values() {
-        let w = matrix(4000, 256);
+        let w = matrix(Format::W6Planes, 4000, 256);
         let pool = Pool::new(2);
         let team = pool.team();
         let ctx = Context::new(Cpu::best(), &team);
@@ -295,7 +298,7 @@ mod tests {
 
     #[test]
     fn nothing_to_gain() {
-        let w = matrix(100, 64);
+        let w = matrix(Format::W8Planes, 100, 64);
         let pool = Pool::new(1);
         let team = pool.team();
         let ctx = Context::new(Cpu::best(), &team);
@@ -321,13 +324,16 @@ mod tests {
             let pool = Pool::new(2);
             let team = pool.team();
             let ctx = Context::new(cpu, &team);
-            let w = matrix(1003, 200);
-            let x = input(ctx, &w, 42);
-            let mut all = vec![0.0; w.rows];
-            project(ctx, &[&w], &x, false, &mut all);
-            for rows in [vec![], vec![0], vec![15, 16, 17, 500, 1000, 1002], (0..1003).collect()] {
-                let want: Vec<f32> = rows.iter().map(|row| all[*row]).collect();
-                assert_eq!(score(ctx, &w, &x, &rows), want, "{cpu:?}");
+            for format in [Format::W8Planes, Format::W6Planes] {
+                let w = matrix(format, 1003, 200);
+                let x = input(ctx, &w, 42);
+                let mut all = vec![0.0; w.rows];
+                project(ctx, &[&w], &x, false, &mut all);
+                let some = vec![15, 16, 17, 500, 1000, 1002];
+                for rows in [vec![], vec![0], some, (0..1003).collect()] {
+                    let want: Vec<f32> = rows.iter().map(|row| all[*row]).collect();
+                    assert_eq!(score(ctx, &w, &x, &rows), want, "{cpu:?} {format:?}");
+                }
             }
         }
     }

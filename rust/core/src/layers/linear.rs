@@ -4,7 +4,7 @@ use super::{Context, FEW_TOKENS};
 use crate::kernels::quantize::QuantTile;
 use crate::kernels::{matmul, norm, planes};
 use crate::quant::reorder::{panel_format, reorder_panel};
-use crate::quant::w8_planes::Planes;
+use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
 use crate::tensor::{Bytes, Tensor, resize, widen_rows};
 use std::ops::Range;
@@ -55,7 +55,9 @@ impl Matrix {
     ) -> Weights<'a> {
         let panels = rows.start / PANEL_ROWS..rows.end.div_ceil(PANEL_ROWS);
         match self.format {
-            Format::W8Planes => Weights::Planes(Planes::new(&self.bytes).panels(panels, self.cols)),
+            format if format.is_in_planes() => {
+                Weights::Planes(Planes::new(format, &self.bytes).panels(panels, self.cols))
+            }
             Format::Blocks(block) => {
                 let row_bytes = block.row_bytes(self.cols);
                 let format = panel_format(block);

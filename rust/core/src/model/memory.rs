@@ -131,7 +131,7 @@ impl Stored {
             stored.bytes += format.bytes(rows, cols);
             stored.quantised |= format.is_quantised();
             let head = if config.tie_word_embeddings { Role::Embedding } else { Role::Head };
-            stored.in_planes |= spec.role == head && format == Format::W8Planes;
+            stored.in_planes |= spec.role == head && format.is_in_planes();
         }
         Ok(stored)
     }
@@ -152,7 +152,7 @@ impl<'a> Needs<'a> {
         if options.head == Head::Screened && stored.quantised && !stored.in_planes {
             return Err(Error::Argument(format!(
                 "head is `screened`, which reads one of two planes; quant `{}` has none, w4 and w8 \
-                 have, and a recipe with w8_planes for the head",
+                 have, and a recipe with w6_planes or w8_planes for the head",
                 stored.quant
             )));
         }

@@ -6,8 +6,8 @@
 //! sum. The columns of a panel are cut into groups of 32, and some groups make a block: two in
 //! [`w4`], [`w8`], [`w4_nl`] and [`w4_mx`], one in the formats of [`affine`], eight in those of
 //! [`k`]. Rows are padded to a whole panel and columns to a whole block, with codes that mean zero.
-//! [`w8_planes`] keeps the high and the low half of W8 codes apart. [`reorder`] makes panels of a
-//! GGUF file's blocks.
+//! The formats of [`two_planes`] keep high and low bits of their codes apart. [`reorder`] makes panels
+//! of a GGUF file's blocks.
 
 pub mod affine;
 pub mod float;
@@ -16,11 +16,11 @@ pub mod ggml;
 pub mod k;
 pub mod reorder;
 mod search;
+pub mod two_planes;
 pub mod w4;
 pub mod w4_mx;
 pub mod w4_nl;
 pub mod w8;
-pub mod w8_planes;
 
 use crate::error::{Error, Result};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
@@ -30,6 +30,7 @@ use std::ops::Range;
 use std::str::FromStr;
 
 pub use ggml::BlockType;
+use two_planes::Planes;
 
 /// Output rows of a panel.
 pub const PANEL_ROWS: usize = LANES;
@@ -111,6 +112,7 @@ pub enum Format {
     Fp8,
     W8,
     W8Planes,
+    W6Planes,
     W4,
     W4Nl,
     W4Mx,
@@ -126,9 +128,10 @@ pub enum Format {
 }
 
 impl Format {
-    pub const PACKED: [Format; 12] = [
+    pub const PACKED: [Format; 13] = [
         Format::W8,
         Format::W8Planes,
+        Format::W6Planes,
         Format::W4,
         Format::W4Nl,
         Format::W4Mx,
@@ -146,6 +149,11 @@ impl Format {
         Format::PACKED.contains(&self)
     }
 
+    /// Whether the panels are in two planes, so that rows can be screened with one of them.
+    pub fn is_in_planes(self) -> bool {
+        matches!(self, Format::W8Planes | Format::W6Planes)
+    }
+
     /// Whether the matrix is multiplied with activations of eight bits.
     pub fn is_quantised(self) -> bool {
         self.is_packed() || matches!(self, Format::Blocks(_))
@@ -159,6 +167,7 @@ impl Format {
             Format::Fp8 => "fp8",
             Format::W8 => "w8",
             Format::W8Planes => "w8_planes",
+            Format::W6Planes => "w6_planes",
             Format::W4 => "w4",
             Format::W4Nl => "w4_nl",
             Format::W4Mx => "w4_mx",
@@ -210,14 +219,11 @@ impl Format {
 
     /// The planes of a whole matrix.
     pub fn split(self, matrix: &mut [u8]) -> Vec<&mut [u8]> {
-        match self {
-            Format::W8Planes => {
-                let high = matrix.len() / w8_planes::BLOCK_BYTES * w8_planes::HIGH_BYTES;
-                let (high, low) = matrix.split_at_mut(high);
-                vec![high, low]
-            }
-            _ => vec![matrix],
+        if !self.is_in_planes() {
+            return vec![matrix];
         }
+        let (high, low) = matrix.split_at_mut(two_planes::high_bytes(self, matrix.len()));
+        vec![high, low]
     }
 }
 
@@ -320,16 +326,14 @@ fn add_offsets<S: Isa, const M: usize>(
     }
 }
 
-/// acc += the products of 16 columns, one half of a group, with codes less 32.
+/// Exact integer dot products of 16 columns, one half of a group, with codes less 32.
 #[inline(always)]
-fn add_halves<S: Isa, const M: usize>(
+fn half_dots<S: Isa, const M: usize>(
     s: S,
     half: usize,
     codes: [S::B; GROUP_STEPS / 2],
-    scales: S::F,
     x: Group<'_, M>,
-    acc: &mut [S::F; M],
-) {
+) -> [S::I; M] {
     let mut dots = [s.splat_i32(0); M];
     for m in 0..M {
         dots[m] = s.splat_i32(x.starts_at_32(half)[m]);
@@ -340,7 +344,7 @@ fn add_halves<S: Isa, const M: usize>(
             dots[m] = s.dot_codes(dots[m], codes[t], x);
         }
     }
-    add_scaled(s, dots, scales, x.scales, acc);
+    dots
 }
 
 /// Runs `$body` with `$p` naming the type of a format whose panels lie in one plane.
@@ -361,11 +365,28 @@ macro_rules! with_packed {
 }
 pub(crate) use with_packed;
 
+/// Runs `$body` with `$p` naming the type of a format in two planes.
+macro_rules! with_planes {
+    ($format:expr, $p:ident => $body:expr) => {
+        with_planes!(@ $format, $p => $body; W8Planes, W6Planes)
+    };
+    (@ $format:expr, $p:ident => $body:expr; $($name:ident),*) => {
+        match $format {
+            $($crate::quant::Format::$name => {
+                type $p = $crate::quant::two_planes::$name;
+                $body
+            })*
+            other => unreachable!("{} is not in two planes", other.name()),
+        }
+    };
+}
+pub(crate) use with_planes;
+
 /// Bytes of a panel: 16 rows of `cols` columns. `format` must be packed.
 pub fn panel_bytes(format: Format, cols: usize) -> usize {
     assert!(format.is_packed() && format.takes_cols(cols), "{} x {cols}", format.name());
-    if format == Format::W8Planes {
-        return cols.div_ceil(BLOCK) * w8_planes::BLOCK_BYTES;
+    if format.is_in_planes() {
+        return cols.div_ceil(BLOCK) * two_planes::block_bytes(format);
     }
     with_packed!(format, P => {
         cols.div_ceil(P::GROUPS * GROUP) * size_of::<<P as Packed>::Block>()
@@ -376,10 +397,7 @@ pub fn panel_bytes(format: Format, cols: usize) -> usize {
 /// of all its panels, then the second.
 pub fn planes(format: Format, cols: usize) -> impl Iterator<Item = Range<usize>> {
     let bytes = panel_bytes(format, cols);
-    let first = match format {
-        Format::W8Planes => cols.div_ceil(BLOCK) * w8_planes::HIGH_BYTES,
-        _ => bytes,
-    };
+    let first = if format.is_in_planes() { two_planes::high_bytes(format, bytes) } else { bytes };
     [0..first, first..bytes].into_iter().filter(|plane| !plane.is_empty())
 }
 
@@ -412,7 +430,7 @@ pub fn encode_panel_on(
     if format == Format::W8Planes {
         let mut panel = vec![0; panel_bytes(Format::W8, cols)];
         encode_panel_on(cpu, Format::W8, rows, cols, importance, &mut panel);
-        return w8_planes::split_panel(&panel, out);
+        return two_planes::split_panel(&panel, out);
     }
     let rows = Rows { values: rows, cols, importance };
     match format {
@@ -422,6 +440,7 @@ pub fn encode_panel_on(
         Format::W5K => cpu.run(EncodePanel::<k::W5K>::new(rows, out)),
         Format::W6K => cpu.run(EncodePanel::<k::W6K>::new(rows, out)),
         Format::W8 => cpu.run(EncodePanel::<w8::W8>::new(rows, out)),
+        Format::W6Planes => cpu.run(two_planes::EncodeSixBits { rows, out }),
         _ => panic!("{} is not encoded from floats", format.name()),
     }
 }
@@ -431,6 +450,24 @@ struct Rows<'a> {
     values: &'a [f32],
     cols: usize,
     importance: Option<&'a [f32]>,
+}
+
+impl Rows<'_> {
+    /// The columns from `first`, a vector each, a row a lane, zeros where there are none; weights:
+    /// how much those matter that are there, 1 before if nobody says.
+    fn columns(&self, first: usize, w: &mut [[f32; LANES]], weights: &mut [f32]) {
+        let Rows { values, cols, importance } = *self;
+        let width = cols.saturating_sub(first).min(w.len());
+        w.fill([0.0; LANES]);
+        for (lane, row) in values.chunks_exact(cols).enumerate() {
+            for i in 0..width {
+                w[i][lane] = row[first + i];
+            }
+        }
+        if let Some(importance) = importance {
+            weights[..width].copy_from_slice(&importance[first..first + width]);
+        }
+    }
 }
 
 struct EncodePanel<'a, P> {
@@ -449,22 +486,11 @@ impl<P: Encode> Kernel for EncodePanel<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        let Rows { values, cols, importance } = self.rows;
         let block_cols = P::GROUPS * GROUP;
         let mut w = vec![[0.0; LANES]; block_cols];
         let mut weights = vec![1.0; block_cols];
         for (b, block) in P::blocks_mut(self.out).iter_mut().enumerate() {
-            let first = b * block_cols;
-            let width = cols.saturating_sub(first).min(block_cols);
-            w.fill([0.0; LANES]);
-            for (lane, row) in values.chunks_exact(cols).enumerate() {
-                for i in 0..width {
-                    w[i][lane] = row[first + i];
-                }
-            }
-            if let Some(importance) = importance {
-                weights[..width].copy_from_slice(&importance[first..first + width]);
-            }
+            self.rows.columns(b * block_cols, &mut w, &mut weights);
             P::encode(s, &w, &weights, block);
         }
     }
@@ -473,9 +499,9 @@ impl<P: Encode> Kernel for EncodePanel<'_, P> {
 /// Decodes one row of a packed matrix. out: [cols].
 pub fn decode_row(format: Format, matrix: &[u8], cols: usize, row: usize, out: &mut [f32]) {
     assert_eq!(out.len(), cols);
-    if format == Format::W8Planes {
+    if format.is_in_planes() {
         let first = row / PANEL_ROWS;
-        let panel = w8_planes::Planes::new(matrix).panels(first..first + 1, cols);
+        let panel = Planes::new(format, matrix).panels(first..first + 1, cols);
         for (col, out) in out.iter_mut().enumerate() {
             *out = panel.decode(col / BLOCK, row % PANEL_ROWS, col % BLOCK);
         }
@@ -527,12 +553,12 @@ mod tests {
         let (rows, cols) = (16, 1024);
         let w = weights(rows * cols, 30);
         for cpu in Cpu::all() {
-            let formats =
-                [Format::W4, Format::W4Nl, Format::W4K, Format::W5K, Format::W6K, Format::W8];
+            use Format::{W4, W4K, W4Nl, W5K, W6K, W6Planes, W8};
+            let formats = [W4, W4Nl, W4K, W5K, W6Planes, W6K, W8];
             let errors = formats.map(|format| error(cpu, format, &w, cols, None));
             // A step of s leaves s / sqrt(12). Extremes of 32 such weights are 2.3 deviations away.
             for (format, (error, steps)) in
-                formats.iter().zip(errors.into_iter().zip([7.5, 7.5, 7.5, 15.5, 31.5, 127.0]))
+                formats.iter().zip(errors.into_iter().zip([7.5, 7.5, 7.5, 15.5, 31.5, 31.5, 127.0]))
             {
                 let expected = 2.3 / steps / 12f64.sqrt();
                 assert!(error < 1.1 * expected, "{cpu:?} {format:?} {error} {expected}");
@@ -547,7 +573,8 @@ mod tests {
         let (rows, cols) = (16, 512);
         let w = weights(rows * cols, 33);
         let importance: Vec<f32> = random(cols, 36).iter().map(|x| (4.0 * x).exp()).collect();
-        for format in [Format::W4, Format::W4Nl, Format::W4K, Format::W5K, Format::W6K] {
+        use Format::{W4, W4K, W4Nl, W5K, W6K, W6Planes};
+        for format in [W4, W4Nl, W4K, W5K, W6Planes, W6K] {
             let weighted = |encoded: Option<&[f32]>| {
                 let mut panel = vec![0; panel_bytes(format, cols)];
                 encode_panel(format, &w, cols, encoded, &mut panel);

@@ -7,7 +7,7 @@
 use super::ggml::{HALF, affine_scales, iq4_xs_scale, q3_k_scale};
 use super::k::{self, SUPER};
 use super::{BlockType, Format, GROUP_STEPS, PANEL_ROWS, STEP, panel_bytes};
-use super::{affine, w4, w8, w8_planes};
+use super::{affine, two_planes, w4, w8};
 use crate::simd::LANES;
 
 /// The codes of a group, four columns a word, the first in the low byte.
@@ -45,7 +45,7 @@ pub fn reorder_panel_to(
         (Format::W8, Format::W8Planes) => {
             let mut panel = vec![0; panel_bytes(Format::W8, cols)];
             reorder_panel(block, rows, cols, &mut panel);
-            w8_planes::split_panel(&panel, out);
+            two_planes::split_panel(&panel, out);
         }
         (own, format) => {
             assert_eq!(own, format);

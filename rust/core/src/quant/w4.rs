@@ -49,9 +49,8 @@ impl Packed for W4 {
 
     #[inline]
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        let at = 2 * (col / GROUP * LANES + row);
-        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        scale * (i32::from(nibble(&block[SCALE_BYTES..], row, col)) - ZERO) as f32
+        let code = i32::from(nibble(&block[SCALE_BYTES..], row, col));
+        scale(block, row, col) * (code - ZERO) as f32
     }
 }
 
@@ -59,6 +58,12 @@ impl Packed for W4 {
 #[inline(always)]
 pub fn scales<S: Isa>(s: S, block: &[u8], g: usize) -> S::F {
     s.load_f16(&block.as_chunks().0[g])
+}
+
+/// The scale of a column in a row of a block that starts with the scales.
+#[inline]
+pub(super) fn scale(block: &[u8], row: usize, col: usize) -> f32 {
+    f16::from_le_bytes(block.as_chunks().0[col / GROUP * LANES + row]).to_f32()
 }
 
 /// Exact integer dot products of group `g` of a block with M tokens.
@@ -97,21 +102,35 @@ pub(super) fn encode_groups<S: Isa, C: Codes>(
     code: impl Fn(f32) -> u8,
 ) {
     for g in 0..2 {
-        let (w, importance) = (&w[g * GROUP..][..GROUP], &importance[g * GROUP..][..GROUP]);
-        // The codes are taken with the scale that is stored.
-        s.store_f16(search::scale::<S, C>(s, w, importance), &mut block.as_chunks_mut().0[g]);
-        let scale = scales(s, block, g);
-        let (zero, one) = (s.splat(0.0), s.splat(1.0));
-        let divisor = s.select_gt(s.abs(scale), zero, scale, one);
-        let mut codes = [[0u8; LANES]; GROUP];
-        for (w, codes) in w.iter().zip(&mut codes) {
-            let mut numbers = [0.0; LANES];
-            s.store(C::nearest(s, s.div(s.load(w), divisor)), &mut numbers);
-            *codes = numbers.map(&code);
-        }
+        let codes = encode_group::<S, C>(s, g, w, importance, block, &code);
         let (steps, _) = block[SCALE_BYTES..].as_chunks_mut::<STEP>();
         put_nibbles(&codes, &mut steps[g * GROUP_STEPS / 2..]);
     }
+}
+
+/// Codes of group `g` of a block, which gets the scale among those that it starts with.
+#[inline(always)]
+pub(super) fn encode_group<S: Isa, C: Codes>(
+    s: S,
+    g: usize,
+    w: &[[f32; LANES]],
+    importance: &[f32],
+    block: &mut [u8],
+    code: impl Fn(f32) -> u8,
+) -> [[u8; LANES]; GROUP] {
+    let (w, importance) = (&w[g * GROUP..][..GROUP], &importance[g * GROUP..][..GROUP]);
+    // The codes are taken with the scale that is stored.
+    s.store_f16(search::scale::<S, C>(s, w, importance), &mut block.as_chunks_mut().0[g]);
+    let scale = scales(s, block, g);
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    let divisor = s.select_gt(s.abs(scale), zero, scale, one);
+    let mut codes = [[0; LANES]; GROUP];
+    for (w, codes) in w.iter().zip(&mut codes) {
+        let mut numbers = [0.0; LANES];
+        s.store(C::nearest(s, s.div(s.load(w), divisor)), &mut numbers);
+        *codes = numbers.map(&code);
+    }
+    codes
 }
 
 /// Puts the low four bits of a group's codes into steps of two nibbles.

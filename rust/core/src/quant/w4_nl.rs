@@ -6,9 +6,8 @@
 
 use super::search::Table;
 use super::w4::{self, SCALE_BYTES, W4};
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_scaled};
+use super::{Encode, GROUP_STEPS, Group, Packed, STEP, add_scaled};
 use crate::simd::{Isa, LANES};
-use half::f16;
 
 /// The values of the codes, as ggml defines them for IQ4_NL.
 pub const TABLE: [i8; 16] =
@@ -56,9 +55,8 @@ impl Packed for W4Nl {
 
     #[inline]
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        let at = 2 * (col / GROUP * LANES + row);
-        let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        scale * f32::from(TABLE[usize::from(w4::nibble(&block[SCALE_BYTES..], row, col))])
+        let code = usize::from(w4::nibble(&block[SCALE_BYTES..], row, col));
+        w4::scale(block, row, col) * f32::from(TABLE[code])
     }
 }
 

@@ -8,10 +8,9 @@
 //! weight = scale (code - 128). Codes that are encoded here are 1..=255; those of Q8_0 files may be 0.
 
 use super::search::{self, Integers};
-use super::w4::{SCALE_BYTES, scales};
+use super::w4::{SCALE_BYTES, scale, scales};
 use super::{BLOCK_STEPS, Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
 use crate::simd::{Isa, LANES};
-use half::f16;
 
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = SCALE_BYTES + BLOCK_STEPS * 4 * LANES;
@@ -49,7 +48,8 @@ impl Packed for W8 {
 
     #[inline]
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        value(block, row, col, block[SCALE_BYTES + col / 4 * 4 * LANES + 4 * row + col % 4])
+        let code = block[SCALE_BYTES + col / 4 * 4 * LANES + 4 * row + col % 4];
+        scale(block, row, col) * (i32::from(code) - ZERO) as f32
     }
 }
 
@@ -79,12 +79,4 @@ impl Encode for W8 {
             }
         }
     }
-}
-
-/// The value of a code in a block that starts with its scales.
-#[inline]
-pub fn value(block: &[u8], row: usize, col: usize, code: u8) -> f32 {
-    let at = 2 * (col / GROUP * LANES + row);
-    let scale = f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-    scale * (i32::from(code) - ZERO) as f32
 }

@@ -1,0 +1,301 @@
+//! Formats in two planes: the high four bits of codes, and what is left of them, lie apart.
+//!
+//! The high plane alone is a coarse matrix in fewer bytes, with which the rows of a head can be
+//! screened. A matrix is the high plane of all its panels, then the low plane of all its panels. A
+//! block (16 rows, 64 columns) is
+//!
+//!     high   576 bytes, as a block of W4: scales, then the high four bits of the codes
+//!     low    the low bits of the codes
+//!
+//! [`W8Planes`], 8.5 bits a weight: the codes and scales of [`super::w8`]. Both planes together are
+//! W8, to the bit. weight = scale (16 high + low - 128), and a low block is
+//!
+//!     512 bytes, as the codes of a block of W4
+//!
+//! [`W6Planes`], 6.5 bits a weight: codes of six bits, weight = scale (4 high + low - 32). The scale may
+//! be negative: the extreme value of a group takes code 0. A low block is 256 bytes:
+//!
+//!     4 x 64 B   codes of 16 columns each, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are
+//!                column 4t + i
+
+use super::ggml::HALF;
+use super::search::Integers;
+use super::w4::{self, SCALE_BYTES, nibble, put_nibbles};
+use super::w8::W8;
+use super::{
+    BLOCK, Format, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, add_scaled, half_dots,
+    with_planes,
+};
+use crate::simd::{Isa, Kernel, LANES};
+use std::ops::Range;
+
+/// Bytes of a block of the high plane.
+pub const HIGH_BYTES: usize = w4::BLOCK_BYTES;
+
+pub type High = [u8; HIGH_BYTES];
+
+/// A format in two planes, as the kernels see it.
+pub trait InPlanes {
+    /// Bits of a code in the low plane.
+    const LOW_BITS: usize;
+    /// Bytes of a block of the low plane.
+    const LOW_BYTES: usize = PANEL_ROWS * BLOCK * Self::LOW_BITS / 8;
+
+    /// Adds the products of group `g` of a block with M tokens, as [`Packed::add`].
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        block: (&High, &[u8]),
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    );
+
+    /// The low bits of a code.
+    fn low(block: &[u8], row: usize, col: usize) -> u8;
+}
+
+pub struct W8Planes;
+pub struct W6Planes;
+
+impl InPlanes for W8Planes {
+    const LOW_BITS: usize = 4;
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        (high, low): (&High, &[u8]),
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let scales = w4::scales(s, high, g);
+        let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
+        let (low, _) = low.as_chunks().0.as_chunks();
+        let dots = s.dot_planes_group(&high[g], &low[g], x.codes, x.starts_at_128());
+        add_scaled(s, dots, scales, x.scales, acc);
+    }
+
+    fn low(block: &[u8], row: usize, col: usize) -> u8 {
+        nibble(block, row, col)
+    }
+}
+
+impl InPlanes for W6Planes {
+    const LOW_BITS: usize = 2;
+
+    #[inline(always)]
+    fn add<S: Isa, const M: usize>(
+        s: S,
+        (high, low): (&High, &[u8]),
+        g: usize,
+        x: Group<'_, M>,
+        acc: &mut [S::F; M],
+    ) {
+        let scales = w4::scales(s, high, g);
+        let steps: &[[[u8; STEP]; 2]] = high[SCALE_BYTES..].as_chunks().0.as_chunks().0;
+        let planes: &[[u8; STEP]] = low.as_chunks().0;
+        macro_rules! dots {
+            ($half:literal) => {{
+                let [first, second] = &steps[2 * g + $half];
+                let (first, second) = (s.load_bytes(first), s.load_bytes(second));
+                let (none, plane) =
+                    (s.load_bytes(&[0; STEP]), s.load_bytes(&planes[2 * g + $half]));
+                // Bits 2t and 2t + 1 of the plane become bits 0 and 1, nibbles bits 2 to 5.
+                let codes = [
+                    s.insert_bits::<2, 0x3c>(s.insert_bits::<0, 3>(none, plane), first),
+                    s.insert_bits::<-2, 0x3c>(s.insert_bits::<-2, 3>(none, plane), first),
+                    s.insert_bits::<2, 0x3c>(s.insert_bits::<-4, 3>(none, plane), second),
+                    s.insert_bits::<-2, 0x3c>(s.insert_bits::<-6, 3>(none, plane), second),
+                ];
+                half_dots(s, $half, codes, x)
+            }};
+        }
+        let (mut dots, late) = (dots!(0), dots!(1));
+        for m in 0..M {
+            dots[m] = s.add_i32(dots[m], late[m]);
+        }
+        add_scaled(s, dots, scales, x.scales, acc);
+    }
+
+    fn low(block: &[u8], row: usize, col: usize) -> u8 {
+        block[col / HALF * STEP + 4 * row + col % 4] >> (col % HALF / 4 * 2) & 3
+    }
+}
+
+/// Bytes of a block of both planes. `format` must be in planes.
+pub fn block_bytes(format: Format) -> usize {
+    HIGH_BYTES + with_planes!(format, P => P::LOW_BYTES)
+}
+
+/// Those that are the high plane, of the bytes of whole panels.
+pub fn high_bytes(format: Format, bytes: usize) -> usize {
+    bytes / block_bytes(format) * HIGH_BYTES
+}
+
+/// Whole panels of a matrix in both planes.
+#[derive(Clone, Copy)]
+pub struct Planes<'a> {
+    pub format: Format,
+    pub high: &'a [High],
+    /// As many blocks.
+    pub low: &'a [u8],
+}
+
+impl<'a> Planes<'a> {
+    /// A whole matrix. `format` must be in planes.
+    pub fn new(format: Format, matrix: &'a [u8]) -> Planes<'a> {
+        let (high, low) = matrix.split_at(high_bytes(format, matrix.len()));
+        Planes { format, high: high.as_chunks().0, low }
+    }
+
+    /// The panels `panels`, each of `cols` columns.
+    pub fn panels(self, panels: Range<usize>, cols: usize) -> Planes<'a> {
+        let blocks = cols.div_ceil(BLOCK);
+        let range = panels.start * blocks..panels.end * blocks;
+        let size = with_planes!(self.format, P => P::LOW_BYTES);
+        let low = &self.low[range.start * size..range.end * size];
+        Planes { high: &self.high[range], low, ..self }
+    }
+
+    /// Rows of these panels, padding included.
+    pub fn rows(&self, cols: usize) -> usize {
+        self.high.len() / cols.div_ceil(BLOCK) * LANES
+    }
+
+    /// The value of a code. row: of the first panel; col: of the block `block`.
+    pub fn decode(self, block: usize, row: usize, col: usize) -> f32 {
+        let high = &self.high[block];
+        let code = nibble(&high[SCALE_BYTES..], row, col);
+        let number = with_planes!(self.format, P => {
+            let low = P::low(&self.low[block * P::LOW_BYTES..], row, col);
+            i32::from(code << P::LOW_BITS | low) - (8 << P::LOW_BITS)
+        });
+        w4::scale(high, row, col) * number as f32
+    }
+}
+
+/// Cuts a panel of W8 into the planes of [`W8Planes`]. out: the high blocks, then the low ones.
+pub fn split_panel(panel: &[u8], out: &mut [u8]) {
+    let (high, low) = out.split_at_mut(high_bytes(Format::W8Planes, out.len()));
+    let low = low.chunks_exact_mut(W8Planes::LOW_BYTES);
+    let planes = high.as_chunks_mut::<HIGH_BYTES>().0.iter_mut().zip(low);
+    for (block, (high, low)) in W8::blocks(panel).iter().zip(planes) {
+        let (scales, codes) = block.split_at(SCALE_BYTES);
+        let (high_scales, high) = high.split_at_mut(SCALE_BYTES);
+        high_scales.copy_from_slice(scales);
+        // Two steps of codes share the bytes of a step of nibbles.
+        let steps = codes.as_chunks::<STEP>().0.as_chunks::<2>().0;
+        let nibbles = high.as_chunks_mut().0.iter_mut().zip(low.as_chunks_mut().0);
+        for ([first, second], (high, low)) in steps.iter().zip(nibbles) {
+            let (high, low): (&mut [u8; STEP], &mut [u8; STEP]) = (high, low);
+            for i in 0..STEP {
+                high[i] = first[i] >> 4 | second[i] & 0xf0;
+                low[i] = first[i] & 15 | second[i] << 4;
+            }
+        }
+    }
+}
+
+/// Quantises up to 16 rows to a panel of [`W6Planes`].
+pub(super) struct EncodeSixBits<'a> {
+    pub rows: Rows<'a>,
+    /// The high blocks, then the low ones.
+    pub out: &'a mut [u8],
+}
+
+impl Kernel for EncodeSixBits<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) {
+        let (high, low) = self.out.split_at_mut(high_bytes(Format::W6Planes, self.out.len()));
+        low.fill(0);
+        let low = low.chunks_exact_mut(W6Planes::LOW_BYTES);
+        let (mut w, mut weights) = (vec![[0.0; LANES]; BLOCK], vec![1.0; BLOCK]);
+        for (b, (high, low)) in high.chunks_exact_mut(HIGH_BYTES).zip(low).enumerate() {
+            self.rows.columns(b * BLOCK, &mut w, &mut weights);
+            for g in 0..2 {
+                let code = |q: f32| (q as i32 + 32) as u8;
+                let codes =
+                    w4::encode_group::<S, Integers<-32, 31>>(s, g, &w, &weights, high, code);
+                let steps = high[SCALE_BYTES..].as_chunks_mut().0;
+                let nibbles = codes.map(|codes| codes.map(|code| code >> 2));
+                put_nibbles(&nibbles, &mut steps[g * GROUP_STEPS / 2..]);
+                let planes = low.as_chunks_mut::<STEP>().0.iter_mut().skip(2 * g);
+                for (plane, codes) in planes.zip(codes.as_chunks::<HALF>().0) {
+                    for (col, codes) in codes.iter().enumerate() {
+                        for (row, code) in codes.iter().enumerate() {
+                            plane[4 * row + col % 4] |= (code & 3) << (col / 4 * 2);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{decode_row, encode_panel_on, panel_bytes, w8};
+    use super::*;
+    use crate::kernels::testing::random;
+    use crate::simd::Cpu;
+
+    #[test]
+    fn both_planes_hold_the_numbers_of_w8() {
+        for cpu in Cpu::all() {
+            for (rows, cols) in [(1, 1), (16, 64), (7, 65), (16, 200), (15, 320)] {
+                let mut w = random(rows * cols, 4);
+                w[0] = -3.0;
+                let mut whole = vec![0; panel_bytes(Format::W8, cols)];
+                let mut planes = vec![0xee; panel_bytes(Format::W8Planes, cols)];
+                encode_panel_on(cpu, Format::W8, &w, cols, None, &mut whole);
+                encode_panel_on(cpu, Format::W8Planes, &w, cols, None, &mut planes);
+                for row in 0..PANEL_ROWS {
+                    let (mut want, mut got) = (vec![0.0; cols], vec![f32::NAN; cols]);
+                    decode_row(Format::W8, &whole, cols, row, &mut want);
+                    decode_row(Format::W8Planes, &planes, cols, row, &mut got);
+                    assert_eq!(got, want, "{cpu:?} {rows}x{cols} row {row}");
+                }
+                // Each byte of the layout by its definition.
+                let (high, low) = planes.split_at(whole.len() / w8::BLOCK_BYTES * HIGH_BYTES);
+                for (b, block) in whole.chunks_exact(w8::BLOCK_BYTES).enumerate() {
+                    let (high, low) = (&high[b * HIGH_BYTES..], &low[b * W8Planes::LOW_BYTES..]);
+                    assert_eq!(high[..SCALE_BYTES], block[..SCALE_BYTES]);
+                    for (i, code) in block[SCALE_BYTES..].iter().enumerate() {
+                        let (step, at) = (i / 64, i / 128 * 64 + i % 64);
+                        let shift = step % 2 * 4;
+                        assert_eq!(high[SCALE_BYTES + at] >> shift & 15, code >> 4);
+                        assert_eq!(low[at] >> shift & 15, code & 15);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn codes_of_six_bits_lie_where_the_layout_says() {
+        let cols = 100;
+        let w = random(PANEL_ROWS * cols, 5);
+        let mut panel = vec![0xee; panel_bytes(Format::W6Planes, cols)];
+        encode_panel_on(Cpu::best(), Format::W6Planes, &w, cols, None, &mut panel);
+        assert_eq!(panel.len(), 2 * (576 + 256));
+        let (high, low) = panel.split_at(2 * 576);
+        for (row, w) in w.chunks_exact(cols).enumerate() {
+            let mut got = vec![f32::NAN; cols];
+            decode_row(Format::W6Planes, &panel, cols, row, &mut got);
+            let mut largest = 0.0f32;
+            for (col, (w, got)) in w.iter().zip(&got).enumerate() {
+                let (block, at) = (col / BLOCK, col % BLOCK);
+                let (high, low) = (&high[576 * block..], &low[256 * block..]);
+                let scale = w4::scale(high, row, at);
+                let nibble = high[64 + at / 8 * 64 + 4 * row + at % 4] >> (at % 8 / 4 * 4) & 15;
+                let bits = low[at / 16 * 64 + 4 * row + at % 4] >> (at % 16 / 4 * 2) & 3;
+                let number = i32::from(4 * nibble + bits) - 32;
+                assert_eq!(*got, scale * number as f32, "row {row} column {col}");
+                assert!((w - got).abs() <= 1.3 * scale.abs(), "{w} {got} {scale}");
+                largest = largest.max(number.unsigned_abs() as f32);
+            }
+            assert!(largest >= 30.0, "the extremes of row {row} take the largest codes");
+        }
+    }
+}
