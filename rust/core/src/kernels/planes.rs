@@ -90,8 +90,7 @@ impl<P: InPlanes> Product<'_, P> {
             for (i, (block, x)) in blocks.enumerate() {
                 let at = p * self.blocks + i;
                 for g in 0..2 {
-                    // One token is so little work that a core runs ahead by itself.
-                    if self.ahead && M > 1 {
+                    if self.ahead {
                         ask_ahead(s, high.as_flattened(), at * HIGH_BYTES, HIGH_BYTES, (g, 2));
                         ask_ahead(s, low, at * P::LOW_BYTES, P::LOW_BYTES, (g, 2));
                     }
