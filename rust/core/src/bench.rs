@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead};
-use crate::kernels::matmul;
+use crate::kernels::matmul::{self, Outputs};
 use crate::kernels::quantize::QuantTile;
 use crate::pool::Pool;
 use crate::quant::{Format, PANEL_ROWS};
@@ -37,16 +37,19 @@ pub fn matmul(
     }
     let mut x = vec![0.0; tokens * cols];
     random.fill(1.0, &mut x);
+    let tile_tokens = cpu.tile_tokens();
+    let mut y = vec![0.0; tile_tokens * rows];
     if !format.is_packed() {
-        let mut y = vec![0.0; tokens * rows];
         let start = Instant::now();
         for _ in 0..repeats {
-            matmul::float(cpu, format, &w, cols, &x, &mut y);
-            std::hint::black_box(&mut y);
+            for x in x.chunks(tile_tokens * cols) {
+                let y = &mut y[..x.len() / cols * rows];
+                matmul::float(cpu, format, &w, cols, x, Outputs::of(y, rows));
+                std::hint::black_box(y);
+            }
         }
         return start.elapsed();
     }
-    let tile_tokens = cpu.tile_tokens();
     let tiles: Vec<QuantTile> = x
         .chunks(tile_tokens * cols)
         .map(|x| {
@@ -55,12 +58,11 @@ pub fn matmul(
             tile
         })
         .collect();
-    let mut y = vec![0.0; tile_tokens * rows];
     let start = Instant::now();
     for _ in 0..repeats {
         for (i, tile) in tiles.iter().enumerate() {
             let y = &mut y[..tile.tokens() * rows];
-            matmul::packed(cpu, format, &w, cols, tile, i == 0, y);
+            matmul::packed(cpu, format, &w, cols, tile, i == 0, Outputs::of(y, rows));
             std::hint::black_box(y);
         }
     }

@@ -346,15 +346,19 @@ impl Tile<'_> {
 
     /// The part of matrix row `row` that lies in the tile. Panics if the row is not the tile's.
     pub fn row(&mut self, row: usize) -> &mut [f32] {
-        assert!(self.rows.contains(&row));
+        self.some_rows(row..row + 1).next().expect("a row")
+    }
+
+    /// As [`Tile::row`], for several rows.
+    pub fn some_rows(&mut self, rows: Range<usize>) -> impl Iterator<Item = &mut [f32]> {
+        assert!(self.rows.start <= rows.start && rows.end <= self.rows.end);
+        let (base, width, cols) = (self.base, self.width, self.cols.clone());
         // SAFETY: rows and columns lie inside the matrix that `run_tiles` borrowed mutably; tiles
-        // of one region do not overlap, and `&mut self` keeps two rows of a tile from aliasing.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.base.add(row * self.width + self.cols.start),
-                self.cols.len(),
-            )
-        }
+        // of one region do not overlap, each row is given out once, and `&mut self` keeps two
+        // calls from giving out the same.
+        rows.map(move |row| unsafe {
+            std::slice::from_raw_parts_mut(base.add(row * width + cols.start), cols.len())
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Block types of GGUF files against ggml's own bytes, numbers and products.
 //! `tests/golden/README.md` says how they were made.
 
-use qdelta_core::kernels::matmul::packed;
+use qdelta_core::kernels::matmul::{Outputs, packed};
 use qdelta_core::kernels::quantize::QuantTile;
 use qdelta_core::quant::reorder::{panel_format, reorder_panel_to};
 use qdelta_core::quant::{BlockType, Format, GROUP, PANEL_ROWS, panel_bytes};
@@ -150,7 +150,8 @@ fn products_of_panels_are_near_the_exact_ones() {
                 let mut tile = QuantTile::default();
                 tile.quantize(cpu, &x, cols);
                 let mut y = vec![f32::NAN; tokens * PANEL_ROWS];
-                packed(cpu, format, &panel, cols, &tile, true, &mut y);
+                let out = Outputs::of(&mut y, PANEL_ROWS);
+                packed(cpu, format, &panel, cols, &tile, true, out);
                 for (token, (y, want)) in y.chunks(PANEL_ROWS).zip(want.chunks(rows)).enumerate() {
                     for (row, (got, want)) in y.iter().zip(want).enumerate() {
                         let at = row * cols..(row + 1) * cols;

@@ -5,6 +5,7 @@ use qdelta_core::budget::Budget;
 use qdelta_core::kernels::activation::{gates, swiglu};
 use qdelta_core::kernels::conv1d::conv1d_silu_isa;
 use qdelta_core::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead};
+use qdelta_core::kernels::matmul::{self, Outputs};
 use qdelta_core::kernels::norm::{gated_rms_norm_isa, l2_norm_isa, rms_norm};
 use qdelta_core::kernels::rope::{Rope, rotate};
 use qdelta_core::layers::Context;
@@ -153,15 +154,16 @@ fn mlp() {
         let shape = golden.shape(name);
         let w: Vec<u8> = golden.get(name).iter().flat_map(|w| w.to_le_bytes()).collect();
         let mut y = vec![0.0; x.len() / shape[1] * shape[0]];
-        qdelta_core::kernels::matmul::float(cpu, Format::F32, &w, shape[1], x, &mut y);
+        for (x, y) in x.chunks(4 * shape[1]).zip(y.chunks_mut(4 * shape[0])) {
+            matmul::float(cpu, Format::F32, &w, shape[1], x, Outputs::of(y, shape[0]));
+        }
         y
     };
     let x = golden.get("x");
     for cpu in Cpu::all() {
         let gate = product(cpu, "gate_proj.weight", &x);
-        let up = product(cpu, "up_proj.weight", &x);
-        let mut hidden = vec![0.0; gate.len()];
-        swiglu(cpu, &gate, &up, &mut hidden);
+        let mut hidden = product(cpu, "up_proj.weight", &x);
+        swiglu(cpu, &gate, &mut hidden);
         let y = product(cpu, "down_proj.weight", &hidden);
         assert_near(&y, &golden.get("out"), 1e-5, &format!("{cpu:?}"));
     }

@@ -6,18 +6,59 @@
 //! number of tokens nor on how the work is cut, so prefill and decode agree to the bit.
 
 use super::quantize::QuantTile;
-use super::{ask_ahead, load_some, planes, run_tile};
+use super::{ask_ahead, load_some, planes, run_tile, store_some};
 use crate::quant::float::{Bf16, F16, F32, Float};
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::marker::PhantomData;
 
-/// Product of whole panels of a packed matrix with the tokens of a tile.
+/// Where the outputs of a product go: a row for each token, all of one width.
+pub struct Outputs<'a> {
+    rows: [&'a mut [f32]; LANES],
+    tokens: usize,
+    width: usize,
+    add: bool,
+}
+
+impl<'a> Outputs<'a> {
+    /// At most 16 rows; add: to what they hold, which is replaced otherwise.
+    pub fn new(rows: impl Iterator<Item = &'a mut [f32]>, add: bool) -> Outputs<'a> {
+        let mut y = Outputs { rows: Default::default(), tokens: 0, width: 0, add };
+        for row in rows {
+            assert!(y.tokens == 0 || row.len() == y.width);
+            y.width = row.len();
+            y.rows[y.tokens] = row;
+            y.tokens += 1;
+        }
+        y
+    }
+
+    /// Rows that follow each other in `y`, to be replaced.
+    pub fn of(y: &'a mut [f32], width: usize) -> Outputs<'a> {
+        Outputs::new(y.chunks_exact_mut(width), false)
+    }
+
+    /// Panics unless a product of `tokens` tokens with `panels` panels, the last of which may be cut,
+    /// fills this.
+    pub(super) fn check(&self, tokens: usize, panels: usize) {
+        assert_eq!((self.tokens, self.width.div_ceil(PANEL_ROWS)), (tokens, panels));
+    }
+
+    /// The outputs of a token from `first`, as many as the row has.
+    #[inline(always)]
+    pub(super) fn put<S: Isa>(&mut self, s: S, token: usize, first: usize, v: S::F) {
+        let y = &mut self.rows[token][first..];
+        let v = if self.add { s.add(load_some(s, y), v) } else { v };
+        store_some(s, v, y);
+    }
+}
+
+/// Product of panels of a packed matrix with the tokens of a tile.
 ///
-/// panels: n panels of `cols` columns, in two planes a whole matrix; y: [tokens, 16 n]; ahead: whether
-/// to ask for the panels ahead of their use, because they are in no cache. Panics if the lengths
-/// disagree or the tile holds more tokens than the instruction set takes.
+/// panels: n panels of `cols` columns, in two planes a whole matrix; y: a row of up to 16 n for each
+/// token; ahead: whether to ask for the panels ahead of their use, because they are in no cache. Panics
+/// if the lengths disagree or the tile holds more tokens than the instruction set takes.
 pub fn packed(
     cpu: Cpu,
     format: Format,
@@ -25,11 +66,11 @@ pub fn packed(
     cols: usize,
     x: &QuantTile,
     ahead: bool,
-    y: &mut [f32],
+    y: Outputs<'_>,
 ) {
     let bytes = panel_bytes(format, cols);
     assert!(panels.len().is_multiple_of(bytes));
-    assert_eq!(y.len(), panels.len() / bytes * PANEL_ROWS * x.tokens());
+    y.check(x.tokens(), panels.len() / bytes);
     if format.is_in_planes() {
         return planes::product(cpu, Planes::new(format, panels), cols, x, ahead, y);
     }
@@ -43,14 +84,13 @@ struct PackedProduct<'a, P> {
     bytes: usize,
     x: &'a QuantTile,
     ahead: bool,
-    y: &'a mut [f32],
+    y: Outputs<'a>,
     format: PhantomData<P>,
 }
 
 impl<P: Packed> PackedProduct<'_, P> {
     #[inline(always)]
-    fn tile<S: Isa, const M: usize>(self, s: S) {
-        let width = self.y.len() / M;
+    fn tile<S: Isa, const M: usize>(mut self, s: S) {
         for (p, panel) in self.panels.chunks_exact(self.bytes).enumerate() {
             let mut acc = [s.splat(0.0); M];
             let blocks = P::blocks(panel).iter().zip(self.x.groups::<M>().blocks(P::GROUPS));
@@ -65,8 +105,7 @@ impl<P: Packed> PackedProduct<'_, P> {
                 }
             }
             for m in 0..M {
-                let y = &mut self.y[m * width + p * PANEL_ROWS..];
-                s.store(acc[m], y.first_chunk_mut().expect("a panel of outputs is there"));
+                self.y.put(s, m, p * PANEL_ROWS, acc[m]);
             }
         }
     }
@@ -82,11 +121,11 @@ impl<P: Packed> Kernel for PackedProduct<'_, P> {
 
 /// Product of rows of a row-major float matrix with tokens.
 ///
-/// w: [rows, cols] in `format`, at any address; x: [tokens, cols]; y: [tokens, rows].
-pub fn float(cpu: Cpu, format: Format, w: &[u8], cols: usize, x: &[f32], y: &mut [f32]) {
+/// w: [rows, cols] in `format`, at any address; x: [tokens, cols]; y: a row of as many for each token.
+pub fn float(cpu: Cpu, format: Format, w: &[u8], cols: usize, x: &[f32], y: Outputs<'_>) {
     assert!(cols > 0 && x.len().is_multiple_of(cols));
     let bytes = format.bytes(1, cols);
-    assert_eq!(w.len() / bytes * (x.len() / cols), y.len());
+    assert_eq!((x.len() / cols, w.len() / bytes), (y.tokens, y.width));
     assert!(w.len().is_multiple_of(bytes));
     match format {
         Format::Bf16 => cpu.run(FloatProduct::<Bf16> { w, cols, x, y, format: PhantomData }),
@@ -100,7 +139,7 @@ struct FloatProduct<'a, F> {
     w: &'a [u8],
     cols: usize,
     x: &'a [f32],
-    y: &'a mut [f32],
+    y: Outputs<'a>,
     format: PhantomData<F>,
 }
 
@@ -147,10 +186,11 @@ impl<F: Float> FloatProduct<'_, F> {
                 }
             }
         }
-        let rows = self.w.len() / row_bytes;
         for r in 0..R {
             for m in 0..M {
-                self.y[(token + m) * rows + row + r] = s.sum(acc[r][m]);
+                let y = &mut self.y.rows[token + m][row + r];
+                let before = if self.y.add { *y } else { 0.0 };
+                *y = before + s.sum(acc[r][m]);
             }
         }
     }
@@ -219,7 +259,7 @@ mod tests {
                         tile.quantize(cpu, &x, cols);
                         let width = rows.next_multiple_of(PANEL_ROWS);
                         let mut y = vec![f32::NAN; tokens * width];
-                        packed(cpu, format, &bytes, cols, &tile, true, &mut y);
+                        packed(cpu, format, &bytes, cols, &tile, true, Outputs::of(&mut y, width));
                         for t in 0..tokens {
                             let want: Vec<f64> = decoded
                                 .chunks_exact(cols)
@@ -264,11 +304,12 @@ mod tests {
                 let mut tile = QuantTile::default();
                 tile.quantize(cpu, x, cols);
                 let mut together = vec![0.0; tokens * rows];
-                packed(cpu, format, &bytes, cols, &tile, true, &mut together);
+                let out = Outputs::of(&mut together, rows);
+                packed(cpu, format, &bytes, cols, &tile, true, out);
                 for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
                     tile.quantize(cpu, x, cols);
                     let mut alone = vec![0.0; rows];
-                    packed(cpu, format, &bytes, cols, &tile, false, &mut alone);
+                    packed(cpu, format, &bytes, cols, &tile, false, Outputs::of(&mut alone, rows));
                     assert_eq!(alone, together, "{cpu:?} {made:?}");
                 }
                 // Where multiply-add is one rounding the bits do not depend on the CPU either.
@@ -322,8 +363,10 @@ mod tests {
                     let mut tile = QuantTile::default();
                     tile.quantize(cpu, &x, cols);
                     let mut y = [(); 2].map(|_| vec![0.0; tokens * rows.next_multiple_of(16)]);
-                    packed(cpu, Format::W8, &whole, cols, &tile, true, &mut y[0]);
-                    packed(cpu, format, &planes, cols, &tile, true, &mut y[1]);
+                    let [first, second] =
+                        y.each_mut().map(|y| Outputs::of(y, rows.next_multiple_of(16)));
+                    packed(cpu, Format::W8, &whole, cols, &tile, true, first);
+                    packed(cpu, format, &planes, cols, &tile, true, second);
                     let what = format!("{cpu:?} {format:?} {rows}x{cols}, {tokens} tokens");
                     assert_eq!(y[0], y[1], "{what}");
                 }
@@ -399,7 +442,7 @@ mod tests {
                     }
                     let x = random(tokens * cols, 11);
                     let mut y = vec![f32::NAN; tokens * rows];
-                    float(cpu, format, &w[1..], cols, &x, &mut y);
+                    float(cpu, format, &w[1..], cols, &x, Outputs::of(&mut y, rows));
                     for (t, x) in x.chunks_exact(cols).enumerate() {
                         let terms = |r: usize| stored[r * cols..][..cols].iter().zip(x);
                         let want: Vec<f64> = (0..rows)
@@ -413,7 +456,7 @@ mod tests {
                         assert_close(&y[t * rows..][..rows], &want, bound, &what);
                     }
                     let mut alone = vec![0.0; rows];
-                    float(cpu, format, &w[1..], cols, &x[..cols], &mut alone);
+                    float(cpu, format, &w[1..], cols, &x[..cols], Outputs::of(&mut alone, rows));
                     assert_eq!(alone, y[..rows], "{cpu:?}: one token has the bits of many");
                 }
             }

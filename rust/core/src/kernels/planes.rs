@@ -14,6 +14,7 @@
 //!
 //! which needs no more than the scales of the high plane.
 
+use super::matmul::Outputs;
 use super::quantize::QuantTile;
 use super::{ask_ahead, run_tile};
 use crate::quant::two_planes::{HIGH_BYTES, InPlanes, Planes};
@@ -21,9 +22,9 @@ use crate::quant::{BLOCK, PANEL_ROWS, w4, with_planes};
 use crate::simd::{Cpu, Isa, Kernel};
 use std::marker::PhantomData;
 
-/// Product of whole panels with the tokens of a tile.
+/// Product of panels with the tokens of a tile.
 ///
-/// planes: n panels of `cols` columns; y: [tokens, 16 n]; ahead: as for [`super::matmul::packed`].
+/// planes: n panels of `cols` columns; y, ahead: as for [`super::matmul::packed`].
 /// Panics if the lengths disagree or the tile holds more tokens than the instruction set takes.
 pub fn product(
     cpu: Cpu,
@@ -31,10 +32,10 @@ pub fn product(
     cols: usize,
     x: &QuantTile,
     ahead: bool,
-    y: &mut [f32],
+    y: Outputs<'_>,
 ) {
     let blocks = blocks_of_a_panel(planes, cols);
-    assert_eq!(y.len(), planes.high.len() / blocks * PANEL_ROWS * x.tokens());
+    y.check(x.tokens(), planes.high.len() / blocks);
     with_planes!(planes.format, P => {
         cpu.run(Product::<P> { planes, blocks, x, ahead, y, format: PhantomData })
     });
@@ -72,14 +73,13 @@ struct Product<'a, P> {
     blocks: usize,
     x: &'a QuantTile,
     ahead: bool,
-    y: &'a mut [f32],
+    y: Outputs<'a>,
     format: PhantomData<P>,
 }
 
 impl<P: InPlanes> Product<'_, P> {
     #[inline(always)]
-    fn tile<S: Isa, const M: usize>(self, s: S) {
-        let width = self.y.len() / M;
+    fn tile<S: Isa, const M: usize>(mut self, s: S) {
         let Planes { high, low, .. } = self.planes;
         let low_panels = low.chunks_exact(self.blocks * P::LOW_BYTES);
         let panels = high.chunks_exact(self.blocks).zip(low_panels);
@@ -98,8 +98,7 @@ impl<P: InPlanes> Product<'_, P> {
                 }
             }
             for m in 0..M {
-                let y = &mut self.y[m * width + p * PANEL_ROWS..];
-                s.store(acc[m], y.first_chunk_mut().expect("a panel of outputs is there"));
+                self.y.put(s, m, p * PANEL_ROWS, acc[m]);
             }
         }
     }
@@ -243,7 +242,7 @@ mod tests {
                 let bytes = panel(cpu, format, &random(PANEL_ROWS * cols, 23 + p), cols);
                 let planes = Planes::new(format, &bytes);
                 let mut y = [0.0; PANEL_ROWS];
-                product(cpu, planes, cols, &tile, true, &mut y);
+                product(cpu, planes, cols, &tile, true, Outputs::of(&mut y, PANEL_ROWS));
                 let (mut estimates, mut variances) = ([0.0; PANEL_ROWS], [0.0; PANEL_ROWS]);
                 screen(cpu, planes, cols, &tile, (&mut estimates, &mut variances));
                 for ((y, estimate), variance) in y.iter().zip(estimates).zip(variances) {

@@ -10,6 +10,7 @@
 use super::Context;
 use super::linear::{Input, Matrix, chunk_cols};
 use crate::error::{Error, Result};
+use crate::kernels::matmul::Outputs;
 use crate::kernels::{planes, select};
 use crate::quant::PANEL_ROWS;
 use crate::quant::two_planes::Planes;
@@ -117,13 +118,14 @@ pub fn score(ctx: Context<'_>, w: &Matrix, x: &Input, rows: &[usize]) -> Vec<f32
         &mut y,
         PANEL_ROWS,
         (CHUNK_PANELS, PANEL_ROWS),
-        |_| (Vec::new(), Vec::new()),
-        |(buffer, product), mut y| {
+        |_| Vec::new(),
+        |buffer, mut y| {
             for i in y.rows() {
                 let first = panels[i] * PANEL_ROWS;
                 let rows = first..(first + PANEL_ROWS).min(w.rows);
-                let width = x.product(ctx, &w.weights(rows, buffer), 0..1, product);
-                y.row(i)[..width].copy_from_slice(&product[..width]);
+                let y = &mut y.row(i)[..rows.len()];
+                let y = Outputs::of(y, rows.len());
+                x.product(ctx, &w.weights(rows, buffer), 0..1, y);
             }
         },
     );

@@ -1,8 +1,9 @@
 //! Matrices and their products with rows of activations, over threads.
 
 use super::{Context, FEW_TOKENS};
+use crate::kernels::matmul::Outputs;
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{matmul, norm, planes};
+use crate::kernels::{activation, matmul, norm, planes};
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
@@ -94,19 +95,6 @@ impl Matrix {
     }
 }
 
-impl Weights<'_> {
-    /// Outputs of a product: the rows, or those of whole panels.
-    fn width(&self, cols: usize) -> usize {
-        match self {
-            Weights::Rows { format, bytes } => bytes.len() / format.bytes(1, cols),
-            Weights::Panels { format, bytes } => {
-                bytes.len() / panel_bytes(*format, cols) * PANEL_ROWS
-            }
-            Weights::Planes(planes) => planes.rows(cols),
-        }
-    }
-}
-
 /// Rows of activations in the forms that matrix formats read.
 #[derive(Default)]
 pub struct Input {
@@ -182,20 +170,15 @@ impl Input {
         &self.tiles[0]
     }
 
-    /// Products of some rows of a matrix with the tokens of one tile.
-    ///
-    /// y: becomes [tokens of the tile, width], where packed weights count whole panels. Returns the
-    /// width.
+    /// Products of some rows of a matrix with the tokens of one tile. y: [tokens of the tile, rows].
     pub(super) fn product(
         &self,
         ctx: Context<'_>,
         weights: &Weights<'_>,
         tokens: Range<usize>,
-        y: &mut Vec<f32>,
-    ) -> usize {
+        y: Outputs<'_>,
+    ) {
         let cols = self.cols;
-        let width = weights.width(cols);
-        y.resize(tokens.len() * width, 0.0);
         let tile = || &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
         // The tiles take a chunk of weights in turn, and all but the first find it in a cache.
         let ahead = tokens.start == 0 && (ctx.ahead || tokens.len() >= FEW_TOKENS);
@@ -209,7 +192,6 @@ impl Input {
                 matmul::float(ctx.cpu, format, bytes, cols, x, y);
             }
         }
-        width
     }
 }
 
@@ -246,27 +228,19 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
         y,
         width,
         (tokens, cols),
-        |_| (Vec::new(), Vec::new()),
-        |(buffer, product), mut y| {
+        |_| Vec::new(),
+        |buffer, mut y| {
             let mut first = 0;
             for matrix in matrices {
                 let start = y.cols().start.max(first);
                 let end = y.cols().end.min(first + matrix.rows);
                 if start < end {
-                    let rows = start - first..end - first;
-                    let weights = matrix.weights(rows.clone(), buffer);
+                    let weights = matrix.weights(start - first..end - first, buffer);
+                    let part = start - y.cols().start..end - y.cols().start;
                     for t in (0..tokens).step_by(tile_tokens) {
                         let tile = t..(t + tile_tokens).min(tokens);
-                        let n = x.product(ctx, &weights, tile.clone(), product);
-                        let offset = start - y.cols().start;
-                        for (t, product) in tile.zip(product.chunks_exact(n)) {
-                            let out = &mut y.row(t)[offset..][..rows.len()];
-                            if add {
-                                out.iter_mut().zip(product).for_each(|(y, p)| *y += p);
-                            } else {
-                                out.copy_from_slice(&product[..rows.len()]);
-                            }
-                        }
+                        let rows = y.some_rows(tile.clone()).map(|row| &mut row[part.clone()]);
+                        x.product(ctx, &weights, tile, Outputs::new(rows, add));
                     }
                 }
                 first += matrix.width();
@@ -283,20 +257,21 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
     // A chunk reads both matrices, so half the columns hold the same bytes.
     let cols = (chunk_cols(ctx, &[gate, up], tokens) / 2).next_multiple_of(PANEL_ROWS);
     let tile_tokens = ctx.cpu.tile_tokens();
-    let init = |_| ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
-    ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(buffers, products), mut y| {
+    let init = |_| ([Vec::new(), Vec::new()], Vec::new());
+    ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(buffers, gates), mut y| {
         let [gate_buffer, up_buffer] = buffers;
-        let [gates, ups] = products;
+        let width = y.cols().len();
+        gates.resize(tile_tokens * width, 0.0);
         let gate = gate.weights(y.cols(), gate_buffer);
         let up = up.weights(y.cols(), up_buffer);
         for t in (0..tokens).step_by(tile_tokens) {
             let tile = t..(t + tile_tokens).min(tokens);
-            let gate_width = x.product(ctx, &gate, tile.clone(), gates);
-            let up_width = x.product(ctx, &up, tile.clone(), ups);
-            let rows = gates.chunks_exact(gate_width).zip(ups.chunks_exact(up_width));
-            for (t, (gates, ups)) in tile.zip(rows) {
-                let y = y.row(t);
-                crate::kernels::activation::swiglu(ctx.cpu, &gates[..y.len()], &ups[..y.len()], y);
+            let gates = &mut gates[..tile.len() * width];
+            x.product(ctx, &gate, tile.clone(), Outputs::of(gates, width));
+            let rows = y.some_rows(tile.clone());
+            x.product(ctx, &up, tile.clone(), Outputs::new(rows, false));
+            for (gates, y) in gates.chunks_exact(width).zip(y.some_rows(tile)) {
+                activation::swiglu(ctx.cpu, gates, y);
             }
         }
     });

@@ -3,8 +3,8 @@
 //! A core that multiplies codes of a few bits with one token reads memory at its full rate only if the
 //! next lines were asked for in time. Asking costs instructions, and what the hardware does by itself
 //! differs: a Zen 5 decodes up to 1.5 times as fast with it, and with codes of a byte a tenth slower.
-//! So the first tokens of a model are computed with and without in turn, and the faster way stays. The
-//! results have the same bits.
+//! So the first tokens of a model go through the layers, and through the head, with and without in turn,
+//! and the faster way stays, for each of both. The results have the same bits.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;

@@ -56,7 +56,8 @@ pub struct Model {
     stored: Stored,
     held: Held, // the bytes of the weights
     rope: Rope,
-    ahead: Ahead,
+    ahead: Ahead,      // of the layers
+    head_ahead: Ahead, // of the head
     source: Arc<dyn Source>,
 }
 
@@ -112,6 +113,7 @@ impl Model {
             ),
             pool: Pool::new(threads),
             ahead: Ahead::default(),
+            head_ahead: Ahead::default(),
             config,
             quant,
             cpu,
@@ -261,11 +263,15 @@ impl Model {
     /// Appends the logits of the rows of `head`. logits: [rows, vocab].
     pub(crate) fn logits(&self, head: &Input, logits: &mut Vec<f32>, profile: Option<&Profile>) {
         let team = self.pool.team();
-        let ahead = self.ahead.chosen();
-        let ctx = Context { profile, ahead, ..Context::new(self.cpu, &team) }.under(Part::Head);
         let start = logits.len();
         logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
+        let trial = if head.tokens() == 1 { self.head_ahead.trial() } else { None };
+        let ahead = trial.as_ref().map_or_else(|| self.head_ahead.chosen(), |trial| trial.ahead);
+        let ctx = Context { profile, ahead, ..Context::new(self.cpu, &team) }.under(Part::Head);
         project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);
+        if let Some(trial) = trial {
+            self.head_ahead.end(&trial);
+        }
     }
 
     /// Some logits of the only row of `head`. ids: ascending.

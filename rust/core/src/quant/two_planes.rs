@@ -157,11 +157,6 @@ impl<'a> Planes<'a> {
         Planes { high: &self.high[range], low, ..self }
     }
 
-    /// Rows of these panels, padding included.
-    pub fn rows(&self, cols: usize) -> usize {
-        self.high.len() / cols.div_ceil(BLOCK) * LANES
-    }
-
     /// The value of a code. row: of the first panel; col: of the block `block`.
     pub fn decode(self, block: usize, row: usize, col: usize) -> f32 {
         let high = &self.high[block];

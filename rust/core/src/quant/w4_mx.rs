@@ -63,7 +63,7 @@ impl Packed for W4Mx {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::matmul::packed;
+    use crate::kernels::matmul::{Outputs, packed};
     use crate::kernels::quantize::QuantTile;
     use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
     use crate::simd::Cpu;
@@ -86,7 +86,8 @@ mod tests {
                 let mut tile = QuantTile::default();
                 tile.quantize(cpu, &x, cols);
                 let mut y = vec![f32::NAN; PANEL_ROWS];
-                packed(cpu, Format::W4Mx, &panel, cols, &tile, false, &mut y);
+                let out = Outputs::of(&mut y, PANEL_ROWS);
+                packed(cpu, Format::W4Mx, &panel, cols, &tile, false, out);
                 for (row, exponent) in exponents.iter().enumerate() {
                     let scale = scale(*exponent);
                     assert_eq!(f64::from(scale), (f64::from(*exponent) - 128.0).exp2());
