@@ -162,20 +162,21 @@ def test_a_profile_accounts_for_all_time(threads, test):
         assert head.gb_per_s * head.us_per_token * 1e3 == pytest.approx(moved["head"])
 
 
-def test_a_screened_head_is_measured_where_it_works():
+@pytest.mark.parametrize(("quant", "block"), [("w8", 1088), ("w4", 832)])
+def test_a_screened_head_is_measured_where_it_works(quant, block):
     full, screened = (
-        bench.load_file(qdelta.source.locate("demo"), quant="w8", threads=2, head=head)
+        bench.load_file(qdelta.source.locate("demo"), quant=quant, threads=2, head=head)
         for head in ("full", "screened")
     )
     bytes = [model.head_bytes for model, _ in (full, screened)]
-    assert bytes[1] == bytes[0] * 576 // 1088  # the blocks of the planes, as docs/formats.md says
+    assert bytes[1] == bytes[0] * 576 // block  # the blocks of the planes, as docs/formats.md says
     weights = [model.weight_bytes for model, _ in (full, screened)]
     assert weights[0] - weights[1] == bytes[0] - bytes[1]
     model, config = screened
     row = bench.run(
         model, bench.Test(0, 4, 0), repetitions=2, filename="demo", config=config, profiled=True
     )
-    assert row.head == "screened" and row.model_type.endswith("w8 screened")
+    assert row.head == "screened" and row.model_type.endswith(f"{quant} screened")
     assert row.bytes_per_token < bench.bytes_per_token(full[0], 2)
     assert row.profile["sampling"].gb_per_s and row.profile["head"].gb_per_s is None
     trial = bench.Trial(model, bench.Test(3, 0, 0))

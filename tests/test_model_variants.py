@@ -188,7 +188,8 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
     A block begins with 2 x 16 scales, of its column groups and rows. Codes follow in steps that
     hold 4 bytes of every row: 8-bit codes around 128, or pairs of 4-bit codes around 8, of which
     the low ones are columns 8 step + i and the high ones 8 step + 4 + i. In two planes, blocks of
-    the upper halves of 8-bit codes come first, then those of the lower halves, without scales.
+    the upper four bits of codes come first, then those of the lower bits, without scales: four of
+    8-bit codes around 128, or two of 6-bit codes around 32, in steps of 16 columns.
     """
     if kind == "q8_0":  # rows of blocks: a scale and 32 codes
         blocks = np.frombuffer(stored.data, np.uint8).reshape(rows, -1, 34)
@@ -197,8 +198,9 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
     panels = stored.shape[0]
     data = np.frombuffer(stored.data, np.uint8)
     low = None
-    if kind == "w8_planes":
-        data, low = data[: len(data) // 17 * 9], data[len(data) // 17 * 9 :]
+    if kind.endswith("_planes"):
+        high = len(data) // (1088 if kind == "w8_planes" else 832) * 576
+        data, low = data[:high], data[high:]
     blocks = data.reshape(panels, -1, 1088 if kind == "w8" else 576)
     scales = blocks[..., :64].copy().view("<f2").reshape(panels, -1, 2, 16).astype(np.float64)
 
@@ -212,6 +214,11 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
         codes = steps(blocks[..., 64:]) - 128
     elif low is None:
         codes = nibbles(blocks[..., 64:]) - 8
+    elif kind == "w6_planes":
+        pairs = [steps(low) >> shift & 3 for shift in (0, 2, 4, 6)]  # of four columns each
+        early, late = (np.concatenate(pairs[i : i + 2], axis=-1) for i in (0, 2))
+        pairs = np.stack([early, late], axis=3).reshape(panels, blocks.shape[1], -1, 16, 8)
+        codes = 4 * nibbles(blocks[..., 64:]) + pairs - 32
     else:
         codes = 16 * nibbles(blocks[..., 64:]) + nibbles(low) - 128
     codes = codes.transpose(0, 3, 1, 2, 4).reshape(panels, 16, -1, 2, 32)  # row, block, group
@@ -244,7 +251,7 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
     exact, packed, decoded = Reference.load(folder), Container.read(out).tensors, {}
     for name, w in exact.weights.items():
         stem = name.removesuffix(".weight")
-        kinds = ("w4", "w8", "w8_planes", "q8_0")
+        kinds = ("w4", "w6_planes", "w8", "w8_planes", "q8_0")
         kind = next((k for k in kinds if f"{stem}.{k}" in packed), None)
         if kind is None:
             stored = packed[name]
@@ -255,9 +262,9 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
         groups = np.pad(np.abs(w), ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
         largest = np.repeat(groups.max(axis=2), 32, axis=1)[:, : w.shape[1]]
         error = np.abs(decoded[name] - w)
-        most, mean = (1 / 6, 0.12) if kind == "w4" else (1 / 127, 0.01)
+        most, mean = {"w4": (1 / 6, 0.12), "w6_planes": (1 / 28, 0.03)}.get(kind, (1 / 127, 0.01))
         assert np.all(error <= largest * most), name
-        if kind != "w4":  # the search is not worse than rounding to steps of largest / 127
+        if most == 1 / 127:  # the search is not worse than rounding to steps of largest / 127
             assert np.mean(error**2) <= np.mean((0.51 / 127 * largest) ** 2), name
         assert np.sqrt(np.mean(error**2) / np.mean(w**2)) < mean, name
     twin = Reference(exact.config, decoded, np.float64)

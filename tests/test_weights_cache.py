@@ -185,6 +185,22 @@ def test_another_version(model: Path, cache: Path):
     assert path.read_bytes() == content
 
 
+def test_another_recipe(model: Path, cache: Path):
+    """A file whose recipe had other formats: it is made again, and elsewhere it opens as ever."""
+    weights.open_model(model, "w4", cache)
+    path = converted(cache)
+    content = path.read_bytes()
+    source = _native.Checkpoint(str(model))
+    chosen = {name: "w8_planes" for name, _, _ in source.matrices() if "embed_tokens" in name}
+    assert chosen
+    _native.convert(source, str(path), quant="w4", formats=chosen, attachments=[])
+    other = path.read_bytes()
+    assert other != content
+    assert len(logits(weights.open_checkpoint(path)))
+    weights.open_model(model, "w4", cache)
+    assert path.read_bytes() == content
+
+
 DAMAGE = {
     "empty": lambda content: b"",
     "cut": lambda content: content[:-100],

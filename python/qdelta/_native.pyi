@@ -54,6 +54,10 @@ class Checkpoint:
         """(name, bytes, modification time in ns) of the files; of a converted file, those it
         was made from."""
 
+    def is_conversion_of(self, source: Checkpoint) -> bool:
+        """Whether this is what the conversion of `source` to the same recipe would be: made of the
+        same files, in the formats that the recipe has now."""
+
     def matrices(self) -> list[tuple[str, int, int]]:
         """(name, rows, columns) of the matrices of the text model and of multi-token prediction,
         by the names that checkpoints have without the prefix of the text model."""
@@ -80,9 +84,9 @@ def convert(
 
     out: None: make it in memory, and return it opened. attachments: (name, path or content) of
     files to carry along. formats: of matrices by name, before those of the recipe: "keep", "w4",
-    "w4_nl", "w4_k", "w5_k", "w6_k", "w6_planes", "w8", "w8_planes". importance: how much each column
-    of a matrix matters, by its name; float32 [columns], not negative. threads: 1 to 1024; None: as
-    for `Model`.
+    "w4_nl", "w4_k", "w5_k", "w6_k", "w6_planes", "w8", "w8_planes". importance: how much each
+    column of a matrix matters, by its name; float32 [columns], not negative. threads: 1 to 1024;
+    None: as for `Model`.
     progress is called with (bytes done, bytes in all). The file appears under its name only when
     complete; Ctrl-C leaves nothing.
     """

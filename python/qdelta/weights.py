@@ -2,7 +2,8 @@
 
 A converted file lies in the cache folder: `QDELTA_CACHE`, else the platform's place for caches.
 Its name has the model's and a hash of where the model is, so each source has its own. It is made
-again when a file of the source changed (size or time), or when this version writes another layout.
+again when a file of the source changed (size or time), or when this version writes another layout
+or has other formats in the recipe.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def converted_path(path: str | Path, quant: str, cache: str | Path | None = None
 
 
 def open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint | None:
-    """The converted file, if it is there, readable by this version, and made from `source`."""
+    """The converted file, if it is there, and is what this version would make of `source`."""
     if not out.exists():
         return None
     try:
@@ -247,7 +248,7 @@ def open_if_fresh(out: Path, source: _native.Checkpoint) -> _native.Checkpoint |
         raise
     except Error:
         return None  # of another version, or damaged: it is made again
-    return converted if converted.sources() == source.sources() else None
+    return converted if converted.is_conversion_of(source) else None
 
 
 @contextmanager

@@ -80,6 +80,10 @@ impl Checkpoint {
         sources.map(|s| (s.name.clone(), s.bytes, s.modified_ns)).collect()
     }
 
+    fn is_conversion_of(&self, source: &Checkpoint) -> bool {
+        core_convert::is_conversion_of(&self.inner, &source.inner)
+    }
+
     fn unknown_tensors(&self) -> Vec<&str> {
         self.inner.unknown().collect()
     }

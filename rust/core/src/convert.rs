@@ -55,6 +55,19 @@ pub enum Attachment {
     Content(Vec<u8>),
 }
 
+/// Whether a converted file is what the conversion of `source` to the same recipe would be: made of the
+/// same files, each tensor stored as the recipe has it now, which another version may have had otherwise.
+pub fn is_conversion_of(converted: &Checkpoint, source: &Checkpoint) -> bool {
+    let none = HashMap::new();
+    converted.sources() == source.sources()
+        && source.specs().iter().all(|spec| {
+            let dtype = source.tensor(&spec.name).map(|tensor| tensor.dtype);
+            dtype
+                .and_then(|dtype| recipe::storage(converted.quant, &none, spec, dtype).ok())
+                .is_some_and(|storage| converted.tensor(&storage.name(spec)).is_some())
+        })
+}
+
 impl<'a> Job<'a> {
     /// Without attachments, with the default number of threads.
     pub fn new(source: &'a Checkpoint, quant: Quant) -> Job<'a> {

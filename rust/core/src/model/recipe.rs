@@ -107,9 +107,10 @@ const FEW_ROWS: Format = Format::Blocks(BlockType::Q8_0);
 /// By what a part adds to the KL divergence of a trained model for its bytes: out_proj comes first,
 /// then embedding and head, the inputs of linear attention, attention, and the MLP last. Decay and
 /// write strength are a thousandth of the weights. In W4 and W8 embedding and head are in two
-/// planes, so that rows can be screened with one of them.
+/// planes, so that rows can be screened with one of them. What else W4 has in six bits is so too: with
+/// any number of columns, and read faster than W6K.
 fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
-    use Format::{W4, W4K, W4Nl, W5K, W6K, W8, W8Planes};
+    use Format::{W4, W4K, W4Nl, W5K, W6K, W6Planes, W8, W8Planes};
     let attention = matches!(role, Role::Query | Role::AttentionOutput);
     let narrow = attention || matches!(role, Role::Mlp | Role::MlpUp | Role::LinearInput);
     let vocabulary = matches!(role, Role::Embedding | Role::Head);
@@ -134,6 +135,7 @@ fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
         (Quant::Best, _) if narrow => &[W6K, W8],
         (Quant::Best, _) if vocabulary => &[W6K, W8Planes],
         (Quant::W4, _) if narrow => &[W4],
+        (Quant::W4, _) => &[W6Planes],
         _ if vocabulary => &[W8Planes],
         _ => &[W8],
     };
@@ -169,10 +171,10 @@ mod tests {
     fn formats_by_role() {
         for (spec, name, shape) in [
             (spec("up_proj", [3584, 1024], Role::Mlp), "up_proj.w4", [3584 / 16, 1024 / 64 * 576]),
-            (spec("out_proj", [100, 70], Role::LinearOutput), "out_proj.w8", [7, 2 * 1088]),
+            (spec("out_proj", [100, 70], Role::LinearOutput), "out_proj.w6_planes", [7, 2 * 832]),
             (spec("in_proj_a", [16, 1024], Role::LinearGate), "in_proj_a.w8", [1, 16 * 1088]),
             (spec("in_proj_a", [8, 1024], Role::LinearGate), "in_proj_a.q8_0", [8, 32 * 34]),
-            (spec("embed", [32, 64], Role::Embedding), "embed.w8_planes", [2, 1088]),
+            (spec("embed", [32, 64], Role::Embedding), "embed.w6_planes", [2, 832]),
         ] {
             let found = stored(Quant::W4, &spec, Dtype::Bf16);
             assert_eq!(found, (name.to_owned(), shape.to_vec()));

@@ -50,7 +50,7 @@ use super::ggml::HALF;
 use super::search::{self, Codes, Integers};
 use super::w4::{nibble, put_nibbles};
 use super::w4_nl;
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_offsets, add_scaled, half_dots};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_half, add_offsets, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -375,7 +375,11 @@ impl Packed for W6K {
                     s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
                 ];
                 let scales = s.mul(d, s.load_i8(&a[2 * g + $half]));
-                add_scaled(s, half_dots(s, $half, codes, x), scales, x.scales, acc);
+                let mut dots = [s.splat_i32(0); M];
+                for m in 0..M {
+                    dots[m] = s.splat_i32(x.starts_at_32($half)[m]);
+                }
+                add_scaled(s, add_half(s, dots, $half, codes, x), scales, x.scales, acc);
             };
         }
         half!(0);

@@ -326,18 +326,15 @@ fn add_offsets<S: Isa, const M: usize>(
     }
 }
 
-/// Exact integer dot products of 16 columns, one half of a group, with codes less 32.
+/// dots + the integer dot products of 16 columns, one half of a group, with codes up to 63.
 #[inline(always)]
-fn half_dots<S: Isa, const M: usize>(
+fn add_half<S: Isa, const M: usize>(
     s: S,
+    mut dots: [S::I; M],
     half: usize,
     codes: [S::B; GROUP_STEPS / 2],
     x: Group<'_, M>,
 ) -> [S::I; M] {
-    let mut dots = [s.splat_i32(0); M];
-    for m in 0..M {
-        dots[m] = s.splat_i32(x.starts_at_32(half)[m]);
-    }
     for t in 0..GROUP_STEPS / 2 {
         for m in 0..M {
             let x = s.splat_bytes(x.codes[half * GROUP_STEPS / 2 + t][m]);

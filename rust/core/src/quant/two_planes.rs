@@ -23,7 +23,7 @@ use super::search::Integers;
 use super::w4::{self, SCALE_BYTES, nibble, put_nibbles};
 use super::w8::W8;
 use super::{
-    BLOCK, Format, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, add_scaled, half_dots,
+    BLOCK, Format, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, add_half, add_scaled,
     with_planes,
 };
 use crate::simd::{Isa, Kernel, LANES};
@@ -94,8 +94,13 @@ impl InPlanes for W6Planes {
         let scales = w4::scales(s, high, g);
         let steps: &[[[u8; STEP]; 2]] = high[SCALE_BYTES..].as_chunks().0.as_chunks().0;
         let planes: &[[u8; STEP]] = low.as_chunks().0;
-        macro_rules! dots {
-            ($half:literal) => {{
+        let mut dots = [s.splat_i32(0); M];
+        for m in 0..M {
+            let first = s.splat_i32(x.starts_at_32(0)[m]);
+            dots[m] = s.add_i32(first, s.splat_i32(x.starts_at_32(1)[m]));
+        }
+        macro_rules! half {
+            ($half:literal) => {
                 let [first, second] = &steps[2 * g + $half];
                 let (first, second) = (s.load_bytes(first), s.load_bytes(second));
                 let (none, plane) =
@@ -107,13 +112,11 @@ impl InPlanes for W6Planes {
                     s.insert_bits::<2, 0x3c>(s.insert_bits::<-4, 3>(none, plane), second),
                     s.insert_bits::<-2, 0x3c>(s.insert_bits::<-6, 3>(none, plane), second),
                 ];
-                half_dots(s, $half, codes, x)
-            }};
+                dots = add_half(s, dots, $half, codes, x);
+            };
         }
-        let (mut dots, late) = (dots!(0), dots!(1));
-        for m in 0..M {
-            dots[m] = s.add_i32(dots[m], late[m]);
-        }
+        half!(0);
+        half!(1);
         add_scaled(s, dots, scales, x.scales, acc);
     }
 
