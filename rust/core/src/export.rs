@@ -1,12 +1,12 @@
 //! Writes a checkpoint as a GGUF file that llama.cpp reads.
 
+use crate::config::{Config, LayerType};
 use crate::convert::{FileSink, Progress, Sink, Temporary};
 use crate::error::{Error, Result};
 use crate::files::Convention;
 use crate::files::gguf_write::{ALIGNMENT, Entry, TensorInfo, header};
 use crate::kernels::rope::Yarn;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::config::{Config, LayerType};
 use crate::model::gguf;
 use crate::model::tensors::{Role, TensorSpec};
 use crate::quant::BlockType;

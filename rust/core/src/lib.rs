@@ -4,6 +4,7 @@
 
 pub mod bench;
 pub mod budget;
+pub mod config;
 pub mod convert;
 pub mod error;
 pub mod export;

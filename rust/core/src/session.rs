@@ -3,10 +3,11 @@
 use crate::budget::Held;
 use crate::error::{Error, Result};
 use crate::kernels::select;
+use crate::layers::PIECE;
 use crate::layers::block::Scratch;
 use crate::layers::head::Head;
 use crate::layers::linear::Input;
-use crate::model::forward::{Model, PIECE, Rows};
+use crate::model::forward::{Model, Rows};
 use crate::profile::Profile;
 use crate::state::{KV_CHUNK, LayerState, State, lock};
 use crate::trace::{Recorded, Trace};

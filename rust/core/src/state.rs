@@ -1,10 +1,10 @@
 //! What a session remembers of its tokens: data only.
 
 use crate::budget::{Budget, Held};
+use crate::config::{Config, LayerType};
 use crate::error::Result;
 use crate::kernels::attention_q8::Q8Positions;
 use crate::kernels::delta_rule::{PendingKeys, ValueHead};
-use crate::model::config::{Config, LayerType};
 use crate::quant::Format;
 use crate::simd::LANES;
 use crate::tensor::filled;

@@ -4,10 +4,10 @@ mod common;
 
 use common::gguf::{BOOL, F32, File, I32, Row, TEXT, Typed, U8, U64};
 use common::gguf::{array, converted, f32, i32s, name, string, text, u32};
+use qdelta_core::config::{Config, LayerType};
 use qdelta_core::files::Convention;
 use qdelta_core::files::gguf::{Gguf, Value};
 use qdelta_core::model::checkpoint::Checkpoint;
-use qdelta_core::model::config::{Config, LayerType};
 use qdelta_core::model::tensors::Role;
 use qdelta_core::quant::{BlockType, Quant};
 use qdelta_core::tensor::Dtype;

@@ -1,11 +1,12 @@
 //! What a model and its sessions allocate, beside what was planned.
 
 use qdelta_core::Error;
+use qdelta_core::config::Config;
 use qdelta_core::layers::head::Head;
 use qdelta_core::model::Model;
 use qdelta_core::model::checkpoint::Checkpoint;
-use qdelta_core::model::config::Config;
-use qdelta_core::model::forward::{Options, Rows};
+use qdelta_core::model::forward::Rows;
+use qdelta_core::model::options::Options;
 use qdelta_core::model::synthetic::Synthetic;
 use qdelta_core::quant::Quant;
 use qdelta_core::session::Session;

@@ -7,11 +7,11 @@
 
 use super::linear::{Input, Matrix, project};
 use super::{Context, FEW_TOKENS};
+use crate::config::Config;
 use crate::kernels::activation::sigmoid;
 use crate::kernels::attention::{Partial, ROWS, attend_isa};
 use crate::kernels::attention_q8::{self, Q8Rows};
 use crate::kernels::{load_some, norm, rope, store_some};
-use crate::model::config::Config;
 use crate::profile::Part;
 use crate::quant::Format;
 use crate::quant::float::{F16, F32};

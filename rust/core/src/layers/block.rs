@@ -5,7 +5,7 @@ use super::attention::{self, Attention, Positions, TileScratch};
 use super::gated_delta_net::{GatedDeltaNet, UnitScratch};
 use super::linear::Input;
 use super::mlp::Mlp;
-use crate::model::config::Config;
+use crate::config::Config;
 use crate::profile::Part;
 use crate::quant::PANEL_ROWS;
 use crate::state::LayerState;

@@ -7,12 +7,12 @@
 
 use super::Context;
 use super::linear::{Input, Matrix, project};
+use crate::config::Config;
 use crate::kernels::activation::gates;
 use crate::kernels::ask;
 use crate::kernels::conv1d::conv1d_silu_isa;
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
 use crate::kernels::norm::{gated_rms_norm_isa, l2_norm_isa};
-use crate::model::config::Config;
 use crate::pool::Tile;
 use crate::profile::Part;
 use crate::simd::{Isa, Kernel};

@@ -76,6 +76,9 @@ impl<'a> Context<'a> {
     }
 }
 
+/// Tokens that go through the layers together, at most.
+pub const PIECE: usize = 512;
+
 /// Up to this many tokens the caller prepares a region's input alone; it takes less time than
 /// another region.
 const FEW_TOKENS: usize = 4;

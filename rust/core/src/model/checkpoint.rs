@@ -4,10 +4,10 @@
 //! that the config asks for and a dtype that the kernels read. The multi-token-prediction module
 //! and the vision tower are each there as a whole or not at all.
 
-use super::config::Config;
 use super::gguf;
 use super::recipe::Storage;
 use super::tensors::{Role, TensorSpec, canonical_name, mtp_tensors, text_tensors, vision_tensors};
+use crate::config::Config;
 use crate::error::{Error, Result, short};
 use crate::files::container::{self, ALIGNMENT, Info};
 use crate::files::folder::{Folder, mlx};

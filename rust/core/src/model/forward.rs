@@ -2,17 +2,18 @@
 
 use super::ahead::Ahead;
 use super::checkpoint::Checkpoint;
-use super::config::Config;
 use super::memory::{MemoryPlan, Needs, Stored};
+use super::options::Options;
 use super::weights::{Source, Weights};
 use crate::budget::{Budget, Held};
+use crate::config::Config;
 use crate::error::Result;
 use crate::kernels::rope::Rope;
-use crate::layers::Context;
 use crate::layers::attention::Positions;
 use crate::layers::block::Scratch;
 use crate::layers::head::{self, Head, Screened};
 use crate::layers::linear::{Input, Matrix, project};
+use crate::layers::{Context, PIECE};
 use crate::pool::Pool;
 use crate::profile::{Part, Profile};
 use crate::quant::{PANEL_ROWS, Quant, planes};
@@ -21,25 +22,6 @@ use crate::state::{KvFormat, State};
 use crate::tensor::resize;
 use crate::trace::Trace;
 use std::sync::Arc;
-
-/// What a caller may choose about a model.
-#[derive(Clone, Default)]
-pub struct Options {
-    /// Positions a session may hold; all that the model has if not given.
-    pub context: Option<usize>,
-    /// Factor by which YaRN extends the context; what the config says if not given.
-    pub yarn: Option<f64>,
-    /// Threads, the caller's included; [`threads::default_threads`] if not given.
-    pub threads: Option<usize>,
-    /// Format of the KV cache; f32 if no weights are quantised, and f16 otherwise if not given.
-    pub kv: Option<KvFormat>,
-    /// Instruction set; `QDELTA_ISA` or the best of the machine if not given.
-    pub cpu: Option<Cpu>,
-    /// How sessions find the best tokens.
-    pub head: Head,
-    /// Bytes that the weights, sessions and snapshots may take together, see [`super::memory`].
-    pub memory_limit: Option<usize>,
-}
 
 /// A loaded model: immutable, shared by its sessions.
 pub struct Model {
@@ -68,9 +50,6 @@ pub enum Rows {
     Last,
     All,
 }
-
-/// Tokens that go through the layers together, at most.
-pub const PIECE: usize = 512;
 
 impl Model {
     /// Loads a checkpoint: its small tensors are read, its matrices stay where they lie.

@@ -6,13 +6,13 @@
 //! converted or copied for a moment.
 
 use super::checkpoint::Checkpoint;
-use super::config::Config;
-use super::forward::{Options, PIECE};
+use super::options::Options;
 use super::recipe::{self, Storage};
 use super::tensors::{Role, TensorSpec, text_tensors};
 use super::weights::{Source, find_matrix};
-use crate::error::readable;
-use crate::error::{Error, Result};
+use crate::config::Config;
+use crate::error::{Error, Result, readable};
+use crate::layers::PIECE;
 use crate::layers::block::Scratch;
 use crate::layers::head::Head;
 use crate::layers::linear::Input;

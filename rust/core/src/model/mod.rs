@@ -2,10 +2,12 @@
 
 mod ahead;
 pub mod checkpoint;
-pub mod config;
+mod config_json;
 pub mod forward;
 pub mod gguf;
+mod limits;
 pub mod memory;
+pub mod options;
 pub mod recipe;
 pub mod synthetic;
 pub mod tensors;

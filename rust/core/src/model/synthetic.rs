@@ -1,9 +1,9 @@
 //! Random weights at the shapes of a config, for benchmarks that need no files.
 
-use super::config::Config;
 use super::recipe::{self, Storage};
 use super::tensors::{Role, TensorSpec, text_tensors};
 use super::weights::Source;
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::quant::{Format, Quant, planes};
 use crate::random::Random;

@@ -4,7 +4,7 @@
 //! (`layers.0.mlp.up_proj.weight`), the others as `mtp.…` and `visual.…`. Shapes are slowest
 //! axis first; a matrix is [outputs, inputs].
 
-use super::config::{Config, LayerType, VisionConfig};
+use crate::config::{Config, LayerType, VisionConfig};
 
 /// What a tensor does, as far as its storage depends on it; see [`super::recipe`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,8 +1,8 @@
 //! Binds tensors by name to the parts of the model.
 
 use super::checkpoint::Checkpoint;
-use super::config::{Config, LayerType};
 use super::recipe::coded_name;
+use crate::config::{Config, LayerType};
 use crate::error::{Error, Result};
 use crate::files::Convention;
 use crate::layers::attention::{self, Attention};

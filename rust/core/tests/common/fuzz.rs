@@ -3,10 +3,10 @@
 
 #![allow(dead_code)]
 
+use qdelta_core::config::Config;
 use qdelta_core::files::gguf::{Gguf, Value, header_bytes};
 use qdelta_core::files::safetensors::read_header;
 use qdelta_core::model::checkpoint::Checkpoint;
-use qdelta_core::model::config::Config;
 use qdelta_core::model::tensors::{mtp_tensors, text_tensors, vision_tensors};
 use qdelta_core::tensor::Bytes;
 use std::fs;

@@ -1,7 +1,7 @@
 //! GGUF files made by hand, so that each part of them can be wrong.
 
 use super::{encode, values};
-use qdelta_core::model::config::Config;
+use qdelta_core::config::Config;
 use qdelta_core::model::tensors::{TensorSpec, mtp_tensors, text_tensors};
 use qdelta_core::quant::BlockType;
 use serde_json::Value as Json;

@@ -6,8 +6,8 @@
 pub mod fuzz;
 pub mod gguf;
 
+use qdelta_core::config::Config;
 use qdelta_core::model::checkpoint::Checkpoint;
-use qdelta_core::model::config::Config;
 use qdelta_core::model::tensors::{TensorSpec, mtp_tensors, text_tensors, vision_tensors};
 use serde_json::{Value, json};
 use std::fs;

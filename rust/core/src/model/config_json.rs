@@ -5,90 +5,17 @@
 //! a missing `layer_types`. Everything that would change the arithmetic and is not supported is an
 //! error.
 
-use super::forward::PIECE;
-use super::tensors::{mtp_tensors, text_tensors, vision_tensors};
-use crate::error::readable;
+use super::limits;
+use crate::config::{Config, LayerType, MOST_SIZE, Rope, VisionConfig, most_yarn};
 use crate::error::{Error, Result, json_text, short};
 use crate::kernels::rope::Yarn;
-use crate::layers::block::Scratch;
 use crate::quant::fp8::BLOCK;
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
-/// What mixes the tokens in a layer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum LayerType {
-    LinearAttention,
-    FullAttention,
-}
-
-/// Rotary position embedding.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Rope {
-    pub theta: f64,
-    /// Dimensions of a head that rotate.
-    pub rotary_dim: usize,
-    /// Frequencies that follow time, height and width, interleaved.
-    pub mrope_section: [usize; 3],
-    /// Extension of the context, if the config asks for one.
-    pub yarn: Option<Yarn>,
-}
-
-/// Sizes of the vision tower.
-#[derive(Clone, PartialEq, Debug)]
-pub struct VisionConfig {
-    pub depth: usize,
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_heads: usize,
-    pub out_hidden_size: usize,
-    pub in_channels: usize,
-    pub patch_size: usize,
-    pub temporal_patch_size: usize,
-    pub spatial_merge_size: usize,
-    pub num_position_embeddings: usize,
-}
-
-/// Sizes and rules of the text model.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Config {
-    pub hidden_size: usize,
-    pub num_hidden_layers: usize,
-    pub intermediate_size: usize,
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    pub vocab_size: usize,
-    pub max_position_embeddings: usize,
-    pub linear_conv_kernel_dim: usize,
-    pub linear_num_key_heads: usize,
-    pub linear_num_value_heads: usize,
-    pub linear_key_head_dim: usize,
-    pub linear_value_head_dim: usize,
-    pub rms_norm_eps: f32,
-    pub tie_word_embeddings: bool,
-    pub layer_types: Vec<LayerType>,
-    pub rope: Rope,
-    pub mtp_num_hidden_layers: usize,
-    pub vision: Option<VisionConfig>,
-    /// Whether matrices may be FP8, see [`crate::quant::fp8`].
-    pub fp8: bool,
-}
-
-/// No size in a config is larger. The largest that are published are a tenth of it.
-const MOST: u64 = 1 << 21;
-/// Nor is a number of layers. It decides how much is allocated before a tensor was seen.
+/// No number of layers is larger. It decides how much is allocated before a tensor was seen.
 const MOST_LAYERS: u64 = 1 << 12;
-/// Nor are the elements of a tensor, so that sizes computed from them cannot overflow.
-const MOST_ELEMENTS: u64 = 1 << 40;
-/// Nor are the elements of a session's recurrent states, 4 GiB. No tensor has their shape, so small
-/// files could ask for any size. Those of the published 27B are less than a twentieth of it.
-const MOST_STATE: u64 = 1 << 30;
-/// Nor are the bytes of its work buffers. They hold hundreds of tokens, so that a model of few hidden
-/// values and wide heads would take a thousand times its weights. The published 27B takes a
-/// thirtieth.
-const MOST_SCRATCH: usize = 4 << 30;
-/// Nor, or less, is a setting of YaRN: the paper has 32 and 1 for the betas, and up to 2.5 for the
+/// Nor, or smaller, is a setting of YaRN: the paper has 32 and 1 for the betas, and up to 2.5 for the
 /// attention factor.
 const BETAS: RangeInclusive<f64> = 1e-3..=1e6;
 const ATTENTION_FACTORS: RangeInclusive<f64> = 0.01..=100.0;
@@ -138,11 +65,13 @@ impl Config {
             },
             fp8,
         };
-        config.check(file)?;
+        config.check_factors(file)?;
+        limits::check(&config, file)?;
         Ok(config)
     }
 
-    fn check(&self, file: &str) -> Result<()> {
+    /// An error unless sizes divide each other as the layers need it.
+    fn check_factors(&self, file: &str) -> Result<()> {
         let divides = |name: &str, n: usize, by_name: &str, by: usize| {
             if n.is_multiple_of(by) {
                 Ok(())
@@ -176,110 +105,8 @@ impl Config {
                 self.mtp_num_hidden_layers
             )));
         }
-        let state = [
-            self.linear_num_value_heads,
-            self.linear_key_head_dim,
-            // As the kernels store it.
-            self.linear_value_head_dim.next_multiple_of(16),
-            self.layers_of(LayerType::LinearAttention),
-        ];
-        let elements = state.iter().try_fold(1u64, |n, size| n.checked_mul(*size as u64));
-        if elements.is_none_or(|n| n > MOST_STATE) {
-            return Err(Error::File(format!(
-                "{file}: `linear_num_value_heads`, `linear_key_head_dim`, `linear_value_head_dim` \
-                 and its linear layers give the recurrent states the shape {state:?}, expected at \
-                 most {MOST_STATE} elements"
-            )));
-        }
-        let vision = self.vision.as_ref().map(vision_tensors).unwrap_or_default();
-        for tensor in text_tensors(self).iter().chain(&mtp_tensors(self)).chain(&vision) {
-            if tensor.elements().is_none_or(|n| n as u64 > MOST_ELEMENTS) {
-                return Err(Error::File(format!(
-                    "{file}: its sizes give tensor `{}` the shape {:?}, expected at most \
-                     {MOST_ELEMENTS} elements",
-                    tensor.name, tensor.shape
-                )));
-            }
-        }
-        self.check_widths(file)
-    }
-
-    /// No product of sizes is absurd; the elements of tensors fit.
-    fn check_widths(&self, file: &str) -> Result<()> {
-        for (heads, dim, width) in [
-            ("num_attention_heads", "head_dim", 2 * self.num_attention_heads * self.head_dim),
-            ("linear_num_key_heads", "linear_key_head_dim", 2 * self.key_dim()),
-            ("linear_num_value_heads", "linear_value_head_dim", self.value_dim()),
-        ] {
-            if width as u64 > MOST {
-                return Err(Error::File(format!(
-                    "{file}: `{heads}` and `{dim}` give rows of {width} values, expected at most \
-                     {MOST}"
-                )));
-            }
-        }
-        let scratch = Scratch::bytes_of(self, (PIECE, PIECE), 1, true);
-        if scratch > MOST_SCRATCH {
-            return Err(Error::File(format!(
-                "{file}: its sizes give sessions work buffers of {}, expected at most {}",
-                readable(scratch),
-                readable(MOST_SCRATCH)
-            )));
-        }
         Ok(())
     }
-
-    /// Positions that the model can tell apart as intended.
-    pub fn context(&self) -> usize {
-        self.rope.yarn.as_ref().map_or(self.max_position_embeddings, Yarn::context)
-    }
-
-    /// The same model with its context extended by a YaRN factor, instead of an extension that the
-    /// file asks for; a factor of 1 is no extension.
-    pub fn with_yarn(mut self, factor: f64) -> Result<Config> {
-        if let Some(yarn) = &self.rope.yarn {
-            self.max_position_embeddings = yarn.original_max_position_embeddings;
-        }
-        let original = self.max_position_embeddings;
-        let most = most_yarn(original);
-        if !(1.0..=most).contains(&factor) {
-            return Err(Error::Argument(format!(
-                "yarn is {factor}, expected a factor from 1 to {most}, of a context of {original}"
-            )));
-        }
-        self.rope.yarn = (factor > 1.0).then(|| Yarn::new(factor, original));
-        Ok(self)
-    }
-
-    /// Channels of the convolution: q, k and v of all heads.
-    pub fn conv_dim(&self) -> usize {
-        2 * self.key_dim() + self.value_dim()
-    }
-
-    /// Width of all linear keys.
-    pub fn key_dim(&self) -> usize {
-        self.linear_num_key_heads * self.linear_key_head_dim
-    }
-
-    /// Width of all linear values.
-    pub fn value_dim(&self) -> usize {
-        self.linear_num_value_heads * self.linear_value_head_dim
-    }
-
-    /// Value heads that share a key head.
-    pub fn values_per_key(&self) -> usize {
-        self.linear_num_value_heads / self.linear_num_key_heads
-    }
-
-    /// Number of layers of a type.
-    pub fn layers_of(&self, layer: LayerType) -> usize {
-        self.layer_types.iter().filter(|l| **l == layer).count()
-    }
-}
-
-/// The largest factor for a context: its positions are a size, and f32 holds them exactly.
-fn most_yarn(original: usize) -> f64 {
-    MOST as f64 / original as f64
 }
 
 fn wrong(file: &str, key: &str, expected: &str, found: &Value) -> Error {
@@ -335,7 +162,7 @@ impl Reader<'_> {
     }
 
     fn size(&self, key: &str) -> Result<usize> {
-        self.size_below(key, MOST)
+        self.size_below(key, MOST_SIZE)
     }
 
     fn size_below(&self, key: &str, most: u64) -> Result<usize> {
@@ -607,8 +434,13 @@ impl Reader<'_> {
         };
         const ORIGINAL: &str = "original_max_position_embeddings";
         let original = find(ORIGINAL).ok_or_else(|| missing(ORIGINAL))?;
-        let Some(original) = original.as_u64().filter(|n| (1..=MOST).contains(n)) else {
-            return Err(wrong(file, ORIGINAL, &format!("an integer from 1 to {MOST}"), original));
+        let Some(original) = original.as_u64().filter(|n| (1..=MOST_SIZE).contains(n)) else {
+            return Err(wrong(
+                file,
+                ORIGINAL,
+                &format!("an integer from 1 to {MOST_SIZE}"),
+                original,
+            ));
         };
         let factor = number("factor")?.ok_or_else(|| missing("factor"))?;
         let most = most_yarn(original as usize);
@@ -692,10 +524,10 @@ impl Reader<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const TINY: &str = r#"{"model_type": "qwen3_5_text", "hidden_size": 8, "num_hidden_layers": 4,
+    pub const TINY: &str = r#"{"model_type": "qwen3_5_text", "hidden_size": 8, "num_hidden_layers": 4,
         "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
         "vocab_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 4, "linear_value_head_dim": 4, "tie_word_embeddings": true,
@@ -903,53 +735,6 @@ mod tests {
         for factor in [0.5, -1.0, 8.5, f64::NAN, f64::INFINITY] {
             let error = config.clone().with_yarn(factor).expect_err("a bad factor").to_string();
             assert!(error.contains("expected a factor from 1 to 8"), "{error}");
-        }
-    }
-
-    #[test]
-    fn products_that_overflow() {
-        let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
-        for key in ["num_attention_heads", "head_dim", "hidden_size"] {
-            json[key] = Value::from(1 << 21);
-        }
-        json["rope_scaling"]["mrope_section"] = Value::from(vec![1 << 18, 1 << 18, 0]);
-        let error = Config::from_json(&json.to_string(), "config.json").expect_err("too large");
-        assert!(
-            error.to_string().contains("q_proj.weight` the shape [8796093022208, 2097152]"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn states_that_no_tensor_bounds() {
-        for (d_k, d_v) in [(1 << 19, 1 << 19), (1 << 21, 1 << 21)] {
-            let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
-            json["linear_key_head_dim"] = Value::from(d_k);
-            json["linear_value_head_dim"] = Value::from(d_v);
-            let error = Config::from_json(&json.to_string(), "config.json").expect_err("too large");
-            let shape = format!("recurrent states the shape [4, {d_k}, {d_v}, 3]");
-            assert!(error.to_string().contains(&shape), "{error}");
-        }
-    }
-
-    #[test]
-    fn buffers_that_weights_do_not_bound() {
-        for (changes, what) in [
-            (&[("num_attention_heads", 1 << 17)][..], "`num_attention_heads` and `head_dim` give"),
-            (&[("linear_num_value_heads", 1 << 20)], "`linear_num_value_heads` and "),
-            (
-                &[("linear_num_key_heads", 1 << 19), ("linear_num_value_heads", 1 << 19)],
-                "key_heads",
-            ),
-            (&[("num_attention_heads", 1 << 16)], "work buffers of "),
-            (&[("intermediate_size", 1 << 21)], "work buffers of "),
-        ] {
-            let mut json: Value = serde_json::from_str(TINY).expect("the sample is valid");
-            for (key, value) in changes {
-                json[*key] = Value::from(*value);
-            }
-            let error = Config::from_json(&json.to_string(), "config.json").expect_err("too wide");
-            assert!(error.to_string().contains(what), "{error}");
         }
     }
 
