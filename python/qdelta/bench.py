@@ -1,8 +1,7 @@
 """Speed of a model: prefill and decode apart, with llama-bench's test and field names.
 
 A test is `pp512` (read a prompt of 512 tokens) or `tg128` (generate 128 tokens one by one), with
-`@ d4096` behind it if 4096 tokens were there before. Tokens are random: speed does not depend on
-them.
+`@ d4096` behind it if 4096 tokens were there before; see `trial`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from . import __version__, _native, costs
 from .errors import ArgumentError, Error, FileAccessError
 from .profiling import Part, profile
-from .session import feed_prompt
 from .sizes import name_of, parameters
+from .trial import Test, Trial
 
 
 @dataclass(slots=True)
@@ -89,21 +86,6 @@ class Row:
         return Test(self.n_prompt, self.n_gen, self.n_depth).name
 
 
-@dataclass(frozen=True, slots=True)
-class Test:
-    """What to time: reading `n_prompt` tokens or generating `n_gen`, after `n_depth` others."""
-
-    n_prompt: int
-    n_gen: int
-    n_depth: int
-
-    @property
-    def name(self) -> str:
-        """llama-bench's name of it."""
-        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
-        return f"{name} @ d{self.n_depth}" if self.n_depth else name
-
-
 def tests(prompts: Iterable[int], gens: Iterable[int], depths: Iterable[int]) -> list[Test]:
     """All combinations; a count of 0 is no test."""
     gens, prompts = list(gens), list(prompts)
@@ -112,45 +94,6 @@ def tests(prompts: Iterable[int], gens: Iterable[int], depths: Iterable[int]) ->
         for depth in depths
         for n_prompt, n_gen in [*((n, 0) for n in prompts if n), *((0, n) for n in gens if n)]
     ]
-
-
-class Trial:
-    """One test on one model, to be run again and again."""
-
-    def __init__(self, model: _native.Model, test: Test) -> None:
-        rng = np.random.default_rng(0)
-        self.model = model
-        self.test = test
-        self.tokens = _tokens(rng, test.n_prompt or test.n_gen, model)
-        self._session = model.session()
-        if test.n_depth:
-            feed_prompt(self._session, _tokens(rng, test.n_depth, model), last="none")
-        self._start = self._session.snapshot()
-
-    def rewound(self) -> _native.Session:
-        """The session where the test begins."""
-        self._session.restore(self._start)
-        return self._session
-
-    def sample(self) -> int:
-        """Nanoseconds that the test takes now."""
-        session = self.rewound()
-        began = time.perf_counter_ns()
-        if self.test.n_prompt:
-            feed_prompt(session, self.tokens)
-            self._screen(session)
-        else:
-            for i in range(self.test.n_gen):
-                session.feed(self.tokens[i : i + 1], "last")
-                self._screen(session)
-        return time.perf_counter_ns() - began
-
-    def _screen(self, session: _native.Session) -> None:
-        """Ask for candidates, as many as the model cards' sampling does: a screened head does
-        nothing before, a full one is done."""
-        if self.model.head == "screened":
-            none = np.empty(0, np.int32), np.empty(0, np.float32)
-            session.candidates(20, limit=self.model.vocab_size, ids=none[0], values=none[1])
 
 
 def run(
@@ -236,10 +179,6 @@ class Peer:
             ratio_min=min(ratios),
             ratio_max=max(ratios),
         )
-
-
-def _tokens(rng: np.random.Generator, n: int, model: _native.Model) -> Any:
-    return rng.integers(0, model.vocab_size, n, dtype=np.int32)
 
 
 def measure_limits(isa: str, threads: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ from .stream import Request, Stream, generate
 from .tokenizer import TextDecoder, Tokenizer
 
 if TYPE_CHECKING:
-    from .bench import Trial
+    from .trial import Trial
 
 # As they are shown: the core's, then those around it, then the rest.
 PARTS = (
