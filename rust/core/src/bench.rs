@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead};
 use crate::kernels::matmul::{self, Outputs};
 use crate::kernels::quantize::QuantTile;
+use crate::kernels::{Columns, ColumnsMut};
 use crate::pool::Pool;
 use crate::quant::{Format, PANEL_ROWS};
 use crate::random::Random;
@@ -112,7 +113,8 @@ impl Kernel for &mut Step {
         for (head, pending) in &mut self.heads {
             let d = self.v.len() / self.gates.len();
             next.fill_isa(s, d, &self.q, &self.k, pending);
-            head.step_isa(s, &next, pending, &self.gates, d, &self.v, d, &mut self.y, d);
+            let (v, y) = (Columns::all(&self.v, d), ColumnsMut::all(&mut self.y, d));
+            head.step_isa(s, &next, pending, &self.gates, v, y);
             pending.advance(&next);
         }
     }

@@ -8,6 +8,7 @@ use qdelta_core::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, Valu
 use qdelta_core::kernels::matmul::{self, Outputs};
 use qdelta_core::kernels::norm::{gated_rms_norm_isa, l2_norm_isa, rms_norm};
 use qdelta_core::kernels::rope::{Rope, rotate};
+use qdelta_core::kernels::{Columns, ColumnsMut};
 use qdelta_core::layers::Context;
 use qdelta_core::layers::attention::{self, Attention, Positions};
 use qdelta_core::layers::linear::{Input, Matrix};
@@ -196,7 +197,8 @@ fn conv1d_silu() {
                 on!(cpu, w: &'a [f32] = &weight, state: &'a mut [f32] = &mut state,
                     x: &'a [f32] = &x, y: &'a mut [f32] = &mut y, tokens: usize = tokens,
                     channels: usize = channels; s => {
-                    conv1d_silu_isa(s, channels, tokens, w, state, x, channels, y, channels);
+                    let (x, y) = (Columns::all(x, channels), ColumnsMut::all(y, channels));
+                    conv1d_silu_isa(s, tokens, w, state, x, y);
                 });
                 let what = format!("{cpu:?} {case} {out}");
                 assert_near(&y, &golden.get(&format!("{case}.{out}")), 1e-5, &what);
@@ -249,8 +251,9 @@ fn delta_rule_file(name: &str) {
                         let (k_part, v_part) = (first * d_k..end * d_k, first * d_v..end * d_v);
                         next.fill_isa(s, d_k, &q[k_part.clone()], &k[k_part], pending);
                         let gates = &gates[first..end];
-                        let (v, y) = (&v[v_part.clone()], &mut y[v_part]);
-                        value.step_isa(s, &next, pending, gates, d_v, v, d_v, y, d_v);
+                        let v = Columns::all(&v[v_part.clone()], d_v);
+                        let y = ColumnsMut::all(&mut y[v_part], d_v);
+                        value.step_isa(s, &next, pending, gates, v, y);
                         pending.advance(&next);
                     }
                 });

@@ -5,48 +5,41 @@
 //! where e is the last `kernel - 1` inputs of earlier tokens followed by the inputs x. The last tap
 //! meets the current token. No bias.
 
-use super::{activation::silu, load_some, store_some};
+use super::{Columns, ColumnsMut, activation::silu, load_some, store_some};
 use crate::simd::{Isa, LANES};
 
-/// Convolves `tokens` rows of a range of channels and moves the state on.
+/// Convolves `tokens` rows of some channels and moves the state on.
 ///
-/// taps: [kernel, channels]; state: [kernel - 1, channels], oldest first; x: rows of `x_stride`,
-/// of which the first `channels` elements count; y: rows of `y_stride`.
+/// taps: [kernel, channels]; state: [kernel - 1, channels], oldest first; x, y: [tokens.., channels].
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 pub fn conv1d_silu_isa<S: Isa>(
     s: S,
-    channels: usize,
     tokens: usize,
     taps: &[f32],
     state: &mut [f32],
-    x: &[f32],
-    x_stride: usize,
-    y: &mut [f32],
-    y_stride: usize,
+    x: Columns<'_>,
+    y: ColumnsMut<'_>,
 ) {
+    assert_eq!(x.width, y.width);
     // The kernel of every released model: its window of inputs stays in registers.
-    if state.len() == 3 * channels {
-        windows::<S, 3>(s, channels, tokens, taps, state, x, x_stride, y, y_stride);
+    if state.len() == 3 * x.width {
+        windows::<S, 3>(s, tokens, taps, state, x, y);
     } else {
-        any_kernel(s, channels, tokens, taps, state, x, x_stride, y, y_stride);
+        any_kernel(s, tokens, taps, state, x, y);
     }
 }
 
 /// As [`conv1d_silu_isa`], for a kernel of `HISTORY` + 1.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn windows<S: Isa, const HISTORY: usize>(
     s: S,
-    channels: usize,
     tokens: usize,
     taps: &[f32],
     state: &mut [f32],
-    x: &[f32],
-    x_stride: usize,
-    y: &mut [f32],
-    y_stride: usize,
+    x: Columns<'_>,
+    mut y: ColumnsMut<'_>,
 ) {
+    let channels = x.width;
     let mut c = 0;
     while c < channels {
         let end = (c + LANES).min(channels);
@@ -58,7 +51,7 @@ fn windows<S: Isa, const HISTORY: usize>(
         }
         let last_tap = load_some(s, &taps[HISTORY * channels..][c..end]);
         for t in 0..tokens {
-            let input = load_some(s, &x[t * x_stride..][c..end]);
+            let input = load_some(s, x.part(t, c..end));
             let mut sum = s.splat(0.0);
             for j in 0..HISTORY {
                 sum = s.fma(tap[j], window[j], sum);
@@ -68,7 +61,7 @@ fn windows<S: Isa, const HISTORY: usize>(
                 window[j - 1] = window[j];
             }
             window[HISTORY - 1] = input;
-            store_some(s, silu(s, sum), &mut y[t * y_stride..][c..end]);
+            store_some(s, silu(s, sum), y.part(t, c..end));
         }
         for j in 0..HISTORY {
             store_some(s, window[j], &mut state[j * channels..][c..end]);
@@ -79,18 +72,15 @@ fn windows<S: Isa, const HISTORY: usize>(
 
 /// As [`conv1d_silu_isa`], for any kernel.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn any_kernel<S: Isa>(
     s: S,
-    channels: usize,
     tokens: usize,
     taps: &[f32],
     state: &mut [f32],
-    x: &[f32],
-    x_stride: usize,
-    y: &mut [f32],
-    y_stride: usize,
+    x: Columns<'_>,
+    mut y: ColumnsMut<'_>,
 ) {
+    let channels = x.width;
     let history = state.len() / channels;
     let mut c = 0;
     while c < channels {
@@ -101,12 +91,12 @@ fn any_kernel<S: Isa>(
                 // Row t + j of the state followed by the inputs.
                 let input = match (t + j).checked_sub(history) {
                     None => &state[(t + j) * channels..][c..end],
-                    Some(row) => &x[row * x_stride..][c..end],
+                    Some(row) => x.part(row, c..end),
                 };
                 let tap = load_some(s, &taps[j * channels..][c..end]);
                 sum = s.fma(tap, load_some(s, input), sum);
             }
-            store_some(s, silu(s, sum), &mut y[t * y_stride..][c..end]);
+            store_some(s, silu(s, sum), y.part(t, c..end));
         }
         c = end;
     }
@@ -115,7 +105,7 @@ fn any_kernel<S: Isa>(
         match from.checked_sub(history) {
             None => state.copy_within(from * channels..(from + 1) * channels, to),
             Some(row) => {
-                state[to..to + channels].copy_from_slice(&x[row * x_stride..][..channels]);
+                state[to..to + channels].copy_from_slice(x.part(row, 0..channels));
             }
         }
     }
@@ -141,9 +131,11 @@ mod tests {
         #[inline(always)]
         fn run<S: Isa>(self, s: S) {
             let Both { channels, tokens, taps, x, states: [a, b], ys: [ya, yb] } = self;
-            let (x_stride, y_stride) = (channels + 3, channels + 1);
-            conv1d_silu_isa(s, channels, tokens, taps, a, x, x_stride, ya, y_stride);
-            any_kernel(s, channels, tokens, taps, b, x, x_stride, yb, y_stride);
+            let x = Columns { data: x, width: channels, stride: channels + 3 };
+            let [ya, yb] =
+                [ya, yb].map(|data| ColumnsMut { data, width: channels, stride: channels + 1 });
+            conv1d_silu_isa(s, tokens, taps, a, x, ya);
+            any_kernel(s, tokens, taps, b, x, yb);
         }
     }
 

@@ -19,7 +19,7 @@
 //!
 //! q and k arrive normalised, q scaled by d_k^(-1/2). All arithmetic is f32.
 
-use super::{ask, dot, load_some, store_some};
+use super::{Columns, ColumnsMut, ask, dot, load_some, store_some};
 use crate::simd::{Isa, LANES};
 
 /// The most tokens in a chunk and in a window, on any instruction set.
@@ -220,24 +220,20 @@ impl ValueHead {
     /// Takes some tokens.
     ///
     /// next: their keys and queries; before: the pending keys from earlier; gates: (g, beta) per
-    /// token; v, y: rows of `v_stride` and `y_stride`, of which the first d_v elements count.
+    /// token; v, y: [tokens.., d_v].
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
     pub fn step_isa<S: Isa>(
         &mut self,
         s: S,
         next: &KeyQueries,
         before: &PendingKeys,
         gates: &[(f32, f32)],
-        d_v: usize,
-        v: &[f32],
-        v_stride: usize,
-        y: &mut [f32],
-        y_stride: usize,
+        v: Columns<'_>,
+        mut y: ColumnsMut<'_>,
     ) {
         const MAX_CHUNKS: usize = MAX_TOKENS;
         let d_k = next.d_k;
-        assert!(next.chunks.len() <= MAX_CHUNKS);
+        assert!(next.chunks.len() <= MAX_CHUNKS && v.width == y.width);
         let mut factors = [Factors::default(); MAX_CHUNKS];
         let mut first = 0;
         for (f, chunk) in factors.iter_mut().zip(&next.chunks) {
@@ -246,13 +242,14 @@ impl ValueHead {
         }
         for (b, pending) in self.pending.iter_mut().enumerate() {
             let block = &mut self.state[b * d_k..][..d_k];
-            let cols = b * LANES..((b + 1) * LANES).min(d_v);
+            let cols = b * LANES..((b + 1) * LANES).min(v.width);
             // Of the state before the window, until the update is added.
             let mut decay = self.decay;
             let (mut earlier, mut first) = ((before.tokens, &before.keys[..]), 0);
             for (c, (chunk, f)) in next.chunks.iter().zip(&factors).enumerate() {
                 let (kept, n) = (chunk.kept, chunk.tokens);
                 let update = if kept > 0 { 0 } else { earlier.0 };
+                let window = Window { decay, keys: earlier.1, update: pending };
                 let mut p = [s.splat(0.0); MAX_CHUNK];
                 let mut o = [s.splat(0.0); MAX_CHUNK];
                 macro_rules! passes {
@@ -260,7 +257,7 @@ impl ValueHead {
                         match (update, n) {
                             $($(($a, $t) if usize::max($a, $t) <= S::DELTA_TOKENS => {
                                 pass::<S, $a, $t>(
-                                    s, block, decay, earlier.1, pending, &chunk.rows, c == 0,
+                                    s, block, &window, &chunk.rows, c == 0,
                                     (&mut p[..$t]).try_into().expect("t products"),
                                     (&mut o[..$t]).try_into().expect("t products"),
                                 )
@@ -279,7 +276,7 @@ impl ValueHead {
                 }
                 for t in 0..n {
                     let row = first + t;
-                    let v = load_some(s, &v[row * v_stride..][cols.clone()]);
+                    let v = load_some(s, v.part(row, cols.clone()));
                     let decay = decay * f.decay[t];
                     let mut error = s.fma(p[t], s.splat(-decay), v);
                     let mut out = s.mul(o[t], s.splat(decay));
@@ -290,7 +287,7 @@ impl ValueHead {
                     let now = s.mul(error, s.splat(gates[row].1));
                     e[kept + t] = now;
                     out = s.fma(now, s.splat(f.qk[t][kept + t]), out);
-                    store_some(s, out, &mut y[row * y_stride..][cols.clone()]);
+                    store_some(s, out, y.part(row, cols.clone()));
                 }
                 for u in 0..kept + n {
                     s.store(s.mul(e[u], s.splat(f.rest[u])), &mut pending[u]);
@@ -362,30 +359,33 @@ impl ValueHead {
 /// The most tokens of one call of [`ValueHead::step_isa`].
 pub const MAX_TOKENS: usize = 32;
 
-/// One pass over a block: adds the update of A earlier tokens to each row, if there are any, and sums
-/// the row times the keys (p) and queries (o) of T tokens. earlier: the keys of A tokens; ahead: whether
-/// to ask for what lies behind the block, as the first pass does: of states from memory it takes 0.86 of
-/// the time.
+/// The pending tokens, as a block of state takes them up.
+struct Window<'a> {
+    decay: f32,
+    keys: &'a [f32], // [tokens.., d_k]
+    update: &'a [[f32; LANES]; MAX_CHUNK],
+}
+
+/// One pass over a block: adds the update of a window of A tokens to each row, if there are any, and sums
+/// the row times the keys (p) and queries (o) of T tokens. ahead: whether to ask for what lies behind the
+/// block, as the first pass does: of states from memory it takes 0.86 of the time.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn pass<S: Isa, const A: usize, const T: usize>(
     s: S,
     block: &mut [[f32; LANES]],
-    decay: f32,
-    earlier: &[f32],
-    update: &[[f32; LANES]; MAX_CHUNK],
+    window: &Window<'_>,
     next: &[f32],
     ahead: bool,
     p: &mut [S::F; T],
     o: &mut [S::F; T],
 ) {
     let d_k = block.len();
-    let decay = s.splat(decay);
+    let decay = s.splat(window.decay);
     let mut e = [decay; A];
     let mut keys: [&[f32]; A] = [&[]; A];
     for a in 0..A {
-        e[a] = s.load(&update[a]);
-        keys[a] = &earlier[a * d_k..][..d_k];
+        e[a] = s.load(&window.update[a]);
+        keys[a] = &window.keys[a * d_k..][..d_k];
     }
     let next: &[[[f32; T]; 2]] = next.as_chunks::<T>().0.as_chunks().0;
     let next = &next[..d_k];
@@ -451,8 +451,8 @@ mod tests {
         fn run<S: Isa>(self, s: S) {
             let mut next = KeyQueries::default();
             next.fill_isa(s, self.d_k, self.q, self.k, self.pending);
-            let (d_v, gates) = (self.d_v, self.gates);
-            self.head.step_isa(s, &next, self.pending, gates, d_v, self.v, d_v, self.y, d_v);
+            let (v, y) = (Columns::all(self.v, self.d_v), ColumnsMut::all(self.y, self.d_v));
+            self.head.step_isa(s, &next, self.pending, self.gates, v, y);
             self.pending.advance(&next);
         }
     }

@@ -16,6 +16,7 @@ pub mod select;
 pub mod testing;
 
 use crate::simd::{Isa, LANES};
+use std::ops::Range;
 
 /// Bytes between what a kernel works on and what it asks memory for. Of 2 to 24 KiB this was best on a
 /// Zen 5, for weights of every format and for states.
@@ -59,6 +60,49 @@ macro_rules! run_tile {
     };
 }
 pub(crate) use run_tile;
+
+/// Columns of a matrix: rows of `width` elements that begin `stride` elements apart.
+#[derive(Clone, Copy)]
+pub struct Columns<'a> {
+    pub data: &'a [f32],
+    pub width: usize,
+    pub stride: usize,
+}
+
+/// [`Columns`] to be written.
+pub struct ColumnsMut<'a> {
+    pub data: &'a mut [f32],
+    pub width: usize,
+    pub stride: usize,
+}
+
+impl<'a> Columns<'a> {
+    /// A whole matrix.
+    #[inline(always)]
+    pub fn all(data: &'a [f32], width: usize) -> Columns<'a> {
+        Columns { data, width, stride: width }
+    }
+
+    /// A part of a row.
+    #[inline(always)]
+    fn part(&self, row: usize, columns: Range<usize>) -> &'a [f32] {
+        &self.data[row * self.stride..][columns]
+    }
+}
+
+impl<'a> ColumnsMut<'a> {
+    /// A whole matrix.
+    #[inline(always)]
+    pub fn all(data: &'a mut [f32], width: usize) -> ColumnsMut<'a> {
+        ColumnsMut { data, width, stride: width }
+    }
+
+    /// A part of a row.
+    #[inline(always)]
+    fn part(&mut self, row: usize, columns: Range<usize>) -> &mut [f32] {
+        &mut self.data[row * self.stride..][columns]
+    }
+}
 
 /// The first 16 elements of `x`, padded with zeros if there are fewer.
 #[inline(always)]

@@ -9,10 +9,10 @@ use super::Context;
 use super::linear::{Input, Matrix, project};
 use crate::config::Config;
 use crate::kernels::activation::gates;
-use crate::kernels::ask;
 use crate::kernels::conv1d::conv1d_silu_isa;
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
 use crate::kernels::norm::{gated_rms_norm_isa, l2_norm_isa};
+use crate::kernels::{Columns, ColumnsMut, ask};
 use crate::pool::Tile;
 use crate::profile::Part;
 use crate::simd::{Isa, Kernel};
@@ -213,17 +213,18 @@ impl Unit<'_> {
         for (part, (taps, state)) in
             self.layer.conv1d[key].iter().zip(&mut self.state.conv).enumerate()
         {
-            let (column, channels, out, stride) = match part {
-                0 => (key * d_k, d_k, &mut q[..], d_k),
-                1 => ((keys + key) * d_k, d_k, &mut k[..], d_k),
+            let (column, y) = match part {
+                0 => (key * d_k, ColumnsMut::all(q, d_k)),
+                1 => ((keys + key) * d_k, ColumnsMut::all(k, d_k)),
                 _ => {
                     let i = part - 2;
                     let column = 2 * keys * d_k + heads.value(key, i) * d_v;
-                    (column, d_v, &mut v[i * d_v..], v_width)
+                    let data = &mut v[i * d_v..];
+                    (column, ColumnsMut { data, width: d_v, stride: v_width })
                 }
             };
-            let x = &rows[column..];
-            conv1d_silu_isa(s, channels, n, taps, state, x, width, out, stride);
+            let x = Columns { data: &rows[column..], width: y.width, stride: width };
+            conv1d_silu_isa(s, n, taps, state, x, y);
         }
         if let Some(trace) = self.ctx.trace {
             trace_conv(trace, heads, key, first, [q, k, v]);
@@ -244,9 +245,9 @@ impl Unit<'_> {
             for row in rows.chunks_exact(width).take(n) {
                 gate_values.push(gates(row[a_col + head], row[b_col + head], rate, dt_bias));
             }
-            let v = &v[i * d_v..];
-            let pending = &self.state.pending;
-            value_head.step_isa(s, key_queries, pending, gate_values, d_v, v, v_width, y, d_v);
+            let v = Columns { data: &v[i * d_v..], width: d_v, stride: v_width };
+            let out = ColumnsMut::all(y, d_v);
+            value_head.step_isa(s, key_queries, &self.state.pending, gate_values, v, out);
             if let Some(trace) = self.ctx.trace {
                 let n_heads = self.layer.rate.len();
                 let numbered = |rows| (first..).zip(rows);
