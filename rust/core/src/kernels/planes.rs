@@ -43,12 +43,14 @@ pub fn product(
 
 /// Estimates of a product with one token, and the variances of their errors.
 ///
-/// planes: n panels of `cols` columns; estimates, variances: [16 n].
+/// planes: n panels of `cols` columns; ahead: as for [`super::matmul::packed`]; estimates, variances:
+/// [16 n].
 pub fn screen(
     cpu: Cpu,
     planes: Planes<'_>,
     cols: usize,
     x: &QuantTile,
+    ahead: bool,
     (estimates, variances): (&mut [f32], &mut [f32]),
 ) {
     let blocks = blocks_of_a_panel(planes, cols);
@@ -57,7 +59,7 @@ pub fn screen(
     assert_eq!(x.tokens(), 1);
     let low_bits = with_planes!(planes.format, P => P::LOW_BITS);
     let step = (1 << low_bits) as f32;
-    cpu.run(Screen { planes, step, blocks, x, estimates, variances });
+    cpu.run(Screen { planes, step, blocks, x, ahead, estimates, variances });
 }
 
 fn blocks_of_a_panel(planes: Planes<'_>, cols: usize) -> usize {
@@ -118,6 +120,7 @@ struct Screen<'a> {
     step: f32,
     blocks: usize,
     x: &'a QuantTile,
+    ahead: bool,
     estimates: &'a mut [f32],
     variances: &'a mut [f32],
 }
@@ -131,12 +134,18 @@ impl Kernel for Screen<'_> {
         let squares = self.x.squares();
         let out = self.estimates.as_chunks_mut().0.iter_mut();
         let out = out.zip(self.variances.as_chunks_mut().0);
-        for (panel, (estimates, variances)) in self.planes.high.chunks_exact(self.blocks).zip(out) {
+        let high = self.planes.high;
+        let panels = high.chunks_exact(self.blocks).zip(out).enumerate();
+        for (p, (panel, (estimates, variances))) in panels {
             let (mut estimate, mut variance) = (s.splat(0.0), s.splat(0.0));
             let groups = self.x.groups::<1>().blocks(2);
             let blocks = panel.iter().zip(groups).zip(squares.as_chunks::<2>().0);
-            for ((block, x), squares) in blocks {
+            for (i, ((block, x), squares)) in blocks.enumerate() {
+                let at = (p * self.blocks + i) * HIGH_BYTES;
                 for g in 0..2 {
+                    if self.ahead {
+                        ask_ahead(s, high.as_flattened(), at, HIGH_BYTES, (g, 2));
+                    }
                     let x = x.get(g);
                     let scales = w4::scales(s, block, g);
                     let [dots] = w4::dots(s, block, g, x);
@@ -192,7 +201,7 @@ mod tests {
                 tile.quantize(cpu, &x, cols);
                 let mut out = [[f32::NAN; PANEL_ROWS]; 2];
                 let [estimates, variances] = &mut out;
-                screen(cpu, Planes::new(format, &bytes), cols, &tile, (estimates, variances));
+                screen(cpu, Planes::new(format, &bytes), cols, &tile, true, (estimates, variances));
 
                 // With the low bits just below and above the middle the mean of both products is the
                 // estimate.
@@ -244,7 +253,7 @@ mod tests {
                 let mut y = [0.0; PANEL_ROWS];
                 product(cpu, planes, cols, &tile, true, Outputs::of(&mut y, PANEL_ROWS));
                 let (mut estimates, mut variances) = ([0.0; PANEL_ROWS], [0.0; PANEL_ROWS]);
-                screen(cpu, planes, cols, &tile, (&mut estimates, &mut variances));
+                screen(cpu, planes, cols, &tile, true, (&mut estimates, &mut variances));
                 for ((y, estimate), variance) in y.iter().zip(estimates).zip(variances) {
                     let sigmas = (y - estimate) / variance.sqrt();
                     sum += sigmas * sigmas;

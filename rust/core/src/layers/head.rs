@@ -182,7 +182,8 @@ fn estimate(ctx: Context<'_>, w: &Matrix, x: &Input, out: &mut Vec<f32>) {
             estimates.resize(panels.len() * PANEL_ROWS, 0.0);
             variances.resize(panels.len() * PANEL_ROWS, 0.0);
             let panels = matrix.panels(panels, w.cols);
-            planes::screen(ctx.cpu, panels, w.cols, x.first_tile(), (estimates, variances));
+            let found = (&mut estimates[..], &mut variances[..]);
+            planes::screen(ctx.cpu, panels, w.cols, x.first_tile(), ctx.ahead, found);
             out.row(0).copy_from_slice(&estimates[..n]);
             out.row(1).copy_from_slice(&variances[..n]);
         },

@@ -269,7 +269,8 @@ impl Model {
         work: &mut Vec<f32>,
     ) -> Option<Screened> {
         let team = self.pool.team();
-        let ctx = Context::new(self.cpu, &team);
+        let ahead = self.ahead.chosen();
+        let ctx = Context { ahead, ..Context::new(self.cpu, &team) };
         head::screen(ctx, &self.weights.lm_head, head, (k, limit), changed, work)
     }
 
