@@ -10,7 +10,7 @@ use qdelta_core::kernels::norm::{gated_rms_norm_isa, l2_norm_isa, rms_norm};
 use qdelta_core::kernels::rope::{Rope, rotate};
 use qdelta_core::kernels::{Columns, ColumnsMut};
 use qdelta_core::layers::Context;
-use qdelta_core::layers::attention::{self, Attention, Positions};
+use qdelta_core::layers::attention::{self, Attention, Positions, Workspace};
 use qdelta_core::layers::linear::{Input, Matrix};
 use qdelta_core::pool::Pool;
 use qdelta_core::quant::Format;
@@ -384,10 +384,12 @@ fn attention_block() {
                     &mut input,
                     &mut cache,
                     Positions { past, angles: &angles, rotary: rope.len() },
-                    &mut Vec::new(),
-                    &mut Input::default(),
-                    &mut Vec::new(),
-                    &tiles,
+                    Workspace {
+                        projected: &mut Vec::new(),
+                        mixed: &mut Input::default(),
+                        parts: &mut Vec::new(),
+                        tiles: &tiles,
+                    },
                     &mut out[past * hidden..(past + call) * hidden],
                 );
                 before_gate.extend_from_slice(&trace.into_values()["layer.0.attn_out"].data);

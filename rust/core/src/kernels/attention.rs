@@ -6,7 +6,7 @@
 //! values are f16 or f32, the arithmetic is f32.
 
 use super::activation::exp;
-use super::load_some;
+use super::{Columns, load_some};
 use crate::quant::float::Float;
 use crate::simd::{Isa, LANES};
 
@@ -73,16 +73,17 @@ pub fn attend_isa<S: Isa, F: Float>(
         scores_isa::<S, F, 1>(s, q, &k[b * block_bytes..], b * LANES, stride, scores);
     }
     softmax_isa(s, seen, blocks * LANES, scores, partial);
+    let probabilities = Columns { data: scores, width: positions, stride };
     let padded_dim = partial.out.len() / ROWS;
     let mut d = 0;
     if S::REGISTERS >= 32 {
         while d + 4 * LANES <= padded_dim {
-            values_isa::<S, F, 4>(s, positions, stride, scores, v, padded_dim, d, &mut partial.out);
+            values_isa::<S, F, 4>(s, probabilities, v, padded_dim, d, &mut partial.out);
             d += 4 * LANES;
         }
     }
     while d < padded_dim {
-        values_isa::<S, F, 1>(s, positions, stride, scores, v, padded_dim, d, &mut partial.out);
+        values_isa::<S, F, 1>(s, probabilities, v, padded_dim, d, &mut partial.out);
         d += LANES;
     }
 }
@@ -168,12 +169,9 @@ fn scores_isa<S: Isa, F: Float, const P: usize>(
 
 /// out[r, d ..] += sum over positions of probability[r, position] v[position, d ..], V vectors wide.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn values_isa<S: Isa, F: Float, const V: usize>(
     s: S,
-    positions: usize,
-    stride: usize,
-    probabilities: &[f32],
+    probabilities: Columns<'_>,
     v: &[u8],
     padded_dim: usize,
     d: usize,
@@ -187,10 +185,10 @@ fn values_isa<S: Isa, F: Float, const V: usize>(
     }
     let mut rows: [&[f32]; ROWS] = [&[]; ROWS];
     for (r, row) in rows.iter_mut().enumerate() {
-        *row = &probabilities[r * stride..][..positions];
+        *row = probabilities.part(r, 0..probabilities.width);
     }
     let bytes = padded_dim * F::BYTES;
-    for (position, v) in v[..positions * bytes].chunks_exact(bytes).enumerate() {
+    for (position, v) in v[..probabilities.width * bytes].chunks_exact(bytes).enumerate() {
         let v = &v[d * F::BYTES..][..V * LANES * F::BYTES];
         for i in 0..V {
             s.prefetch(v, i * LANES * F::BYTES + PREFETCH_AHEAD);

@@ -75,6 +75,14 @@ pub struct TileScratch {
     partials: Vec<Partial>,    // by group of ROWS query rows
 }
 
+/// Work space of a call; what it held before does not matter.
+pub struct Workspace<'a> {
+    pub projected: &'a mut Vec<f32>, // [tokens, widths of the first projections]
+    pub mixed: &'a mut Input,        // [tokens, h_q head_dim]
+    pub parts: &'a mut Vec<f32>,     // see `parts_len`
+    pub tiles: &'a [Mutex<TileScratch>],
+}
+
 /// Tokens that share a pass over the cache in prefill.
 const TILE_TOKENS: usize = 8;
 /// Chunks of the cache in one unit of work when the tokens are few.
@@ -100,20 +108,16 @@ impl Attention {
     }
 
     /// Adds the result for `x` to `residual`: [tokens, hidden]. The cache has room for the tokens.
-    /// `projected`, `mixed`, `parts` and `tiles` are work space.
-    #[allow(clippy::too_many_arguments)]
     pub fn forward(
         &self,
         ctx: Context<'_>,
         x: &mut Input,
         cache: &mut [KvHead],
         positions: Positions<'_>,
-        projected: &mut Vec<f32>,
-        mixed: &mut Input,
-        parts: &mut Vec<f32>,
-        tiles: &[Mutex<TileScratch>],
+        work: Workspace<'_>,
         residual: &mut [f32],
     ) {
+        let Workspace { projected, mixed, parts, tiles } = work;
         let width = project_side_by_side(ctx, &self.projections(), x, projected);
         let [norms, products] = [Part::Norms, Part::Matrices].map(|part| ctx.under(part));
         let ctx = ctx.under(Part::Attention);

@@ -2,7 +2,7 @@
 
 use super::Context;
 use super::attention::{self, Attention, Positions, TileScratch};
-use super::gated_delta_net::{GatedDeltaNet, UnitScratch};
+use super::gated_delta_net::{self, GatedDeltaNet, UnitScratch};
 use super::linear::Input;
 use super::mlp::Mlp;
 use crate::config::Config;
@@ -46,8 +46,8 @@ impl Scratch {
             hidden: Input::default(),
             projected: Vec::new(),
             parts: Vec::new(),
-            units: super::gated_delta_net::units(threads),
-            tiles: super::attention::tiles(threads),
+            units: gated_delta_net::units(threads),
+            tiles: attention::tiles(threads),
         }
     }
 
@@ -109,10 +109,12 @@ impl Block {
         let before = self.trace_norm(ctx, "input_layernorm", input, x);
         match (&self.mixer, state) {
             (Mixer::Linear(mixer), LayerState::Linear(state)) => {
-                mixer.forward(ctx, input, state, projected, mixed, units, x);
+                let work = gated_delta_net::Workspace { projected, mixed, units };
+                mixer.forward(ctx, input, state, work, x);
             }
             (Mixer::Full(mixer), LayerState::Full(cache)) => {
-                mixer.forward(ctx, input, cache, positions, projected, mixed, parts, tiles, x);
+                let work = attention::Workspace { projected, mixed, parts, tiles };
+                mixer.forward(ctx, input, cache, positions, work, x);
             }
             _ => unreachable!("a state is made from the config that the layers are made from"),
         }

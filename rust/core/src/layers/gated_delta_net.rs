@@ -86,6 +86,13 @@ pub struct UnitScratch {
     key_queries: KeyQueries,
 }
 
+/// Work space of a call; what it held before does not matter.
+pub struct Workspace<'a> {
+    pub projected: &'a mut Vec<f32>, // [tokens, widths of the first projections]
+    pub mixed: &'a mut Input,        // [tokens, h_v d_v]
+    pub units: &'a [Mutex<UnitScratch>],
+}
+
 impl UnitScratch {
     /// Bytes on the heap.
     pub fn bytes_of(config: &Config) -> usize {
@@ -100,19 +107,16 @@ impl GatedDeltaNet {
         [&self.in_proj_qkv, &self.in_proj_z, &self.in_proj_b, &self.in_proj_a]
     }
 
-    /// Adds the result for `x` to `residual`: [tokens, hidden]. `projected`, `mixed` and `units`
-    /// are work space.
-    #[allow(clippy::too_many_arguments)]
+    /// Adds the result for `x` to `residual`: [tokens, hidden].
     pub fn forward(
         &self,
         ctx: Context<'_>,
         x: &mut Input,
         state: &[Mutex<KeyHead>],
-        projected: &mut Vec<f32>,
-        mixed: &mut Input,
-        units: &[Mutex<UnitScratch>],
+        work: Workspace<'_>,
         residual: &mut [f32],
     ) {
+        let Workspace { projected, mixed, units } = work;
         let matrices = self.projections();
         let [norms, products] = [Part::Norms, Part::Matrices].map(|part| ctx.under(part));
         let ctx = ctx.under(Part::DeltaRule);
