@@ -50,7 +50,7 @@ use super::ggml::HALF;
 use super::search::{self, Codes, Integers};
 use super::w4::{nibble, put_nibbles};
 use super::w4_nl;
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_half, add_offsets, add_scaled};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_offsets, add_scaled};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -362,24 +362,13 @@ impl Packed for W6K {
         let steps: &[[[u8; STEP]; 3]; 2] = &halves.as_chunks().0[g];
         let d = s.load_f16(&block.as_chunks().0[0]);
         let a = block[A6..SIGNED].as_chunks().0;
+        let halves = x.codes.as_chunks().0;
         macro_rules! half {
             ($half:literal) => {
                 let [plane, w @ ..] = &steps[$half];
-                let plane = s.load_bytes(plane);
-                let w = [s.load_bytes(&w[0]), s.load_bytes(&w[1])];
-                // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
-                let codes = [
-                    s.insert_bits::<4, 0x30>(s.low_nibbles(w[0]), plane),
-                    s.insert_bits::<2, 0x30>(s.high_nibbles(w[0]), plane),
-                    s.insert_bits::<0, 0x30>(s.low_nibbles(w[1]), plane),
-                    s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
-                ];
+                let dots = s.dot_six_bits_half(plane, w, &halves[$half], x.starts_at_32($half));
                 let scales = s.mul(d, s.load_i8(&a[2 * g + $half]));
-                let mut dots = [s.splat_i32(0); M];
-                for m in 0..M {
-                    dots[m] = s.splat_i32(x.starts_at_32($half)[m]);
-                }
-                add_scaled(s, add_half(s, dots, $half, codes, x), scales, x.scales, acc);
+                add_scaled(s, dots, scales, x.scales, acc);
             };
         }
         half!(0);

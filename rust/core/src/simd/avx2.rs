@@ -58,6 +58,15 @@ macro_rules! both {
     };
 }
 
+/// The first or the second eight rows of a vector of codes.
+#[inline(always)]
+fn eight_rows(codes: &[u8; 4 * LANES], half: usize) -> __m256i {
+    let codes: &[u8; 2 * LANES] = &codes.as_chunks().0[half];
+    // SAFETY: these are 32 readable bytes; the load needs no alignment, and this is part of functions
+    // that have AVX2.
+    unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) }
+}
+
 impl<const VNNI: bool> Avx2<VNNI> {
     /// `dot_nibbles` of eight rows.
     #[inline(always)]
@@ -67,6 +76,31 @@ impl<const VNNI: bool> Avx2<VNNI> {
         } else {
             op!(_mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)))
         }
+    }
+
+    /// `low_nibbles` and `high_nibbles` of eight rows.
+    #[inline(always)]
+    fn nibbles_of_eight(self, w: __m256i) -> [__m256i; 2] {
+        let mask = op!(_mm256_set1_epi8(15));
+        op!([_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask)])
+    }
+
+    /// `insert_bits` of eight rows.
+    #[inline(always)]
+    fn insert_in_eight<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: __m256i,
+        plane: __m256i,
+    ) -> __m256i {
+        op!({
+            let count = _mm_cvtsi32_si128(SHIFT.abs());
+            let shifted = if SHIFT < 0 {
+                _mm256_srl_epi16(plane, count)
+            } else {
+                _mm256_sll_epi16(plane, count)
+            };
+            _mm256_or_si256(low, _mm256_and_si256(shifted, _mm256_set1_epi8(MASK as i8)))
+        })
     }
 
     /// The running sums of eight rows as i32.
@@ -318,15 +352,10 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         low: Self::B,
         plane: Self::B,
     ) -> Self::B {
-        let count = op!(_mm_cvtsi32_si128(SHIFT.abs()));
-        let shifted = if SHIFT < 0 {
-            both!(_mm256_srl_epi16(plane, [count; 2]))
-        } else {
-            both!(_mm256_sll_epi16(plane, [count; 2]))
-        };
-        let mask = op!(_mm256_set1_epi8(MASK as i8));
-        let bits = both!(_mm256_and_si256(shifted, [mask; 2]));
-        both!(_mm256_or_si256(low, bits))
+        [
+            self.insert_in_eight::<SHIFT, MASK>(low[0], plane[0]),
+            self.insert_in_eight::<SHIFT, MASK>(low[1], plane[1]),
+        ]
     }
     #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
@@ -391,15 +420,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         if VNNI {
             return each_token::nibbles(self, codes, x, starts);
         }
-        let mask = op!(_mm256_set1_epi8(15));
         let mut out = [self.splat_i32(0); M];
         for half in 0..2 {
             let mut acc = [op!(_mm256_setzero_si256()); M];
             for t in 0..4 {
-                // SAFETY: either half of 64 bytes is 32 readable ones.
-                let w = unsafe { _mm256_loadu_si256(codes[t].as_ptr().add(32 * half).cast()) };
-                let low = op!(_mm256_and_si256(w, mask));
-                let high = op!(_mm256_and_si256(_mm256_srli_epi16::<4>(w), mask));
+                let [low, high] = self.nibbles_of_eight(eight_rows(&codes[t], half));
                 for m in 0..M {
                     acc[m] = self.add_nibbles(acc[m], low, self.splat_bytes(x[2 * t][m]));
                     acc[m] = self.add_nibbles(acc[m], high, self.splat_bytes(x[2 * t + 1][m]));
@@ -408,6 +433,46 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
             for m in 0..M {
                 let start = op!(_mm256_set1_epi32(starts[m]));
                 out[m][half] = op!(_mm256_add_epi32(start, self.pairs_of_nibbles(acc[m])));
+            }
+        }
+        out
+    }
+
+    // As `dot_nibbles_group`. 16 bits hold two products of pairs of codes of six bits: 63 x 127 x 4.
+    #[inline(always)]
+    fn dot_six_bits_half<const M: usize>(
+        self,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 2],
+        x: &[[[i8; 4]; M]; 4],
+        starts: &[i32; M],
+    ) -> [Self::I; M] {
+        if VNNI {
+            return each_token::six_bits(self, plane, codes, x, starts);
+        }
+        let mut out = [self.splat_i32(0); M];
+        for half in 0..2 {
+            let plane = eight_rows(plane, half);
+            let mut acc = [op!(_mm256_setzero_si256()); M];
+            for m in 0..M {
+                acc[m] = op!(_mm256_set1_epi32(starts[m]));
+            }
+            macro_rules! steps {
+                ($(($t:literal, $first:literal, $second:literal))*) => {$(
+                    let [low, high] = self.nibbles_of_eight(eight_rows(&codes[$t], half));
+                    let first = self.insert_in_eight::<$first, 0x30>(low, plane);
+                    let second = self.insert_in_eight::<$second, 0x30>(high, plane);
+                    for m in 0..M {
+                        let (a, b) = (self.splat_bytes(x[2 * $t][m]), self.splat_bytes(x[2 * $t + 1][m]));
+                        let pairs = op!(_mm256_maddubs_epi16(first, a));
+                        let sum = self.pairs_of_nibbles(self.add_nibbles(pairs, second, b));
+                        acc[m] = op!(_mm256_add_epi32(acc[m], sum));
+                    }
+                )*};
+            }
+            steps!((0, 4, 2)(1, 0, -2));
+            for m in 0..M {
+                out[m][half] = acc[m];
             }
         }
         out

@@ -163,6 +163,18 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) -> [Self::I; M] {
         each_token::planes(self, high, low, x, starts)
     }
+    /// As `dot_nibbles_group` for half a group of codes of six bits: bits 2t and 2t + 1 of `plane` are
+    /// the highest of the codes of step t.
+    #[inline(always)]
+    fn dot_six_bits_half<const M: usize>(
+        self,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 2],
+        x: &[[[i8; 4]; M]; 4],
+        starts: &[i32; M],
+    ) -> [Self::I; M] {
+        each_token::six_bits(self, plane, codes, x, starts)
+    }
     /// What `dot_bytes` begins with for codes with a zero of 128.
     ///
     /// start: -128 times the sum of x, from memory: a number from there is in all lanes for
@@ -239,6 +251,35 @@ mod each_token {
             for m in 0..M {
                 acc[m] = s.dot_bytes(acc[m], first, s.splat_bytes(x[2 * t][m]));
                 acc[m] = s.dot_bytes(acc[m], second, s.splat_bytes(x[2 * t + 1][m]));
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    pub fn six_bits<S: Isa, const M: usize>(
+        s: S,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 2],
+        x: &[[[i8; 4]; M]; 4],
+        starts: &[i32; M],
+    ) -> [S::I; M] {
+        let plane = s.load_bytes(plane);
+        let w = [s.load_bytes(&codes[0]), s.load_bytes(&codes[1])];
+        // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
+        let codes = [
+            s.insert_bits::<4, 0x30>(s.low_nibbles(w[0]), plane),
+            s.insert_bits::<2, 0x30>(s.high_nibbles(w[0]), plane),
+            s.insert_bits::<0, 0x30>(s.low_nibbles(w[1]), plane),
+            s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
+        ];
+        let mut acc = [s.splat_i32(0); M];
+        for m in 0..M {
+            acc[m] = s.splat_i32(starts[m]);
+        }
+        for t in 0..4 {
+            for m in 0..M {
+                acc[m] = s.dot_codes(acc[m], codes[t], s.splat_bytes(x[t][m]));
             }
         }
         acc
