@@ -42,7 +42,7 @@ head_option = click.option(
     type=click.Choice(["full", "screened"]),
     default="full",
     show_default=True,
-    help="screened: find the likeliest tokens with half of the head's bytes; see `eval`.",
+    help="screened: find the likeliest tokens with part of the head's bytes; see `eval`.",
 )
 
 _LOADING = (
