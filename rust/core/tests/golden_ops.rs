@@ -9,9 +9,9 @@ use qdelta_core::kernels::matmul::{self, Outputs};
 use qdelta_core::kernels::norm::{gated_rms_norm_isa, l2_norm_isa, rms_norm};
 use qdelta_core::kernels::rope::{Rope, rotate};
 use qdelta_core::kernels::{Columns, ColumnsMut};
-use qdelta_core::layers::Context;
 use qdelta_core::layers::attention::{self, Attention, Positions, Workspace};
 use qdelta_core::layers::linear::{Input, Matrix};
+use qdelta_core::layers::{Context, per_thread};
 use qdelta_core::pool::Pool;
 use qdelta_core::quant::Format;
 use qdelta_core::simd::{Cpu, Isa, Kernel};
@@ -364,7 +364,7 @@ fn attention_block() {
             let pool = Pool::new(threads);
             let team = pool.team();
             let mut cache = vec![KvHead::default(); kv];
-            let tiles = attention::tiles(threads);
+            let tiles = per_thread(threads);
             let (mut out, mut before_gate, mut past) = (vec![0.0; x.len()], Vec::new(), 0);
             for call in golden.ints("calls") {
                 let trace = Trace::default();

@@ -5,7 +5,7 @@
 //! multiplied by sigmoid(gate) before the output projection. Query head h reads KV head
 //! h / (h_q / h_kv).
 
-use super::linear::{Input, Matrix, project};
+use super::linear::{Input, Matrix, project, project_named};
 use super::{Context, FEW_TOKENS};
 use crate::config::Config;
 use crate::kernels::activation::sigmoid;
@@ -89,10 +89,6 @@ const TILE_TOKENS: usize = 8;
 const SPLIT_CHUNKS: usize = 4;
 
 impl Attention {
-    fn projections(&self) -> [&Matrix; 3] {
-        [&self.q_proj, &self.k_proj, &self.v_proj]
-    }
-
     /// Leaves the keys and values of `x` in the cache, which has room for them, and computes nothing
     /// else. `projected` is work space.
     pub fn remember(
@@ -103,7 +99,8 @@ impl Attention {
         positions: Positions<'_>,
         projected: &mut Vec<f32>,
     ) {
-        let width = project_side_by_side(ctx, &[&self.k_proj, &self.v_proj], x, projected);
+        let projections = [("k_proj", &self.k_proj), ("v_proj", &self.v_proj)];
+        let width = project_named(ctx, projections, x, projected);
         self.append(ctx.under(Part::Attention), cache, positions, (width, 0), projected);
     }
 
@@ -118,11 +115,12 @@ impl Attention {
         residual: &mut [f32],
     ) {
         let Workspace { projected, mixed, parts, tiles } = work;
-        let width = project_side_by_side(ctx, &self.projections(), x, projected);
+        let projections =
+            [("q_proj", &self.q_proj), ("k_proj", &self.k_proj), ("v_proj", &self.v_proj)];
+        let width = project_named(ctx, projections, x, projected);
         let [norms, products] = [Part::Norms, Part::Matrices].map(|part| ctx.under(part));
         let ctx = ctx.under(Part::Attention);
         let tokens = x.tokens();
-        self.trace_projections(ctx, width, projected);
         self.append(ctx, cache, positions, (width, self.q_proj.width()), projected);
 
         let (cache, projected) = (&*cache, &projected[..]);
@@ -248,31 +246,6 @@ impl Attention {
             chunk.put(ctx.cpu, position % KV_CHUNK, &key, &row[v_col..v_col + dim]);
         }
     }
-
-    fn trace_projections(&self, ctx: Context<'_>, width: usize, projected: &[f32]) {
-        let Some(trace) = ctx.trace else { return };
-        let mut first = 0;
-        for (matrix, name) in self.projections().into_iter().zip(["q_proj", "k_proj", "v_proj"]) {
-            let rows = projected.chunks_exact(width).map(|row| &row[first..first + matrix.rows]);
-            trace.layer_part(name, matrix.rows, 0, rows.enumerate());
-            first += matrix.width();
-        }
-    }
-}
-
-/// Products of `x` with matrices that begin an attention layer. out: becomes [tokens, the width that
-/// is returned].
-fn project_side_by_side(
-    ctx: Context<'_>,
-    matrices: &[&Matrix],
-    x: &mut Input,
-    out: &mut Vec<f32>,
-) -> usize {
-    x.prepare(ctx.under(Part::Norms), matrices);
-    let width = matrices.iter().map(|m| m.width()).sum();
-    resize(out, x.tokens() * width);
-    project(ctx.under(Part::Matrices), matrices, x, false, out);
-    width
 }
 
 /// Elements of what units of a few chunks leave to be joined, of few tokens among `positions`.
@@ -519,9 +492,4 @@ impl Kernel for Gate<'_> {
             i += LANES;
         }
     }
-}
-
-/// Work space for as many threads as the team has.
-pub fn tiles(threads: usize) -> Vec<Mutex<TileScratch>> {
-    (0..threads).map(|_| Mutex::default()).collect()
 }

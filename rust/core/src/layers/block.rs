@@ -1,10 +1,10 @@
 //! One decoder layer: x += mixer(norm(x)); x += mlp(norm(x)).
 
-use super::Context;
 use super::attention::{self, Attention, Positions, TileScratch};
 use super::gated_delta_net::{self, GatedDeltaNet, UnitScratch};
 use super::linear::Input;
 use super::mlp::Mlp;
+use super::{Context, per_thread};
 use crate::config::Config;
 use crate::profile::Part;
 use crate::quant::PANEL_ROWS;
@@ -46,8 +46,8 @@ impl Scratch {
             hidden: Input::default(),
             projected: Vec::new(),
             parts: Vec::new(),
-            units: gated_delta_net::units(threads),
-            tiles: attention::tiles(threads),
+            units: per_thread(threads),
+            tiles: per_thread(threads),
         }
     }
 

@@ -6,7 +6,7 @@
 //! value heads is one unit of work: nothing is shared between units, the state included.
 
 use super::Context;
-use super::linear::{Input, Matrix, project};
+use super::linear::{Input, Matrix, project, project_named};
 use crate::config::Config;
 use crate::kernels::activation::gates;
 use crate::kernels::conv1d::conv1d_silu_isa;
@@ -17,7 +17,6 @@ use crate::pool::Tile;
 use crate::profile::Part;
 use crate::simd::{Isa, Kernel};
 use crate::state::{KeyHead, lock};
-use crate::tensor::resize;
 use crate::trace::Trace;
 use std::sync::Mutex;
 
@@ -103,10 +102,6 @@ impl UnitScratch {
 }
 
 impl GatedDeltaNet {
-    fn projections(&self) -> [&Matrix; 4] {
-        [&self.in_proj_qkv, &self.in_proj_z, &self.in_proj_b, &self.in_proj_a]
-    }
-
     /// Adds the result for `x` to `residual`: [tokens, hidden].
     pub fn forward(
         &self,
@@ -117,15 +112,16 @@ impl GatedDeltaNet {
         residual: &mut [f32],
     ) {
         let Workspace { projected, mixed, units } = work;
-        let matrices = self.projections();
+        let projections = [
+            ("in_proj_qkv", &self.in_proj_qkv),
+            ("in_proj_z", &self.in_proj_z),
+            ("in_proj_b", &self.in_proj_b),
+            ("in_proj_a", &self.in_proj_a),
+        ];
+        let width = project_named(ctx, projections, x, projected);
+        let tokens = x.tokens();
         let [norms, products] = [Part::Norms, Part::Matrices].map(|part| ctx.under(part));
         let ctx = ctx.under(Part::DeltaRule);
-        x.prepare(norms, &matrices);
-        let width: usize = matrices.iter().map(|m| m.width()).sum();
-        let tokens = x.tokens();
-        resize(projected, tokens * width);
-        project(products, &matrices, x, false, projected);
-        self.trace_projections(ctx, width, projected);
 
         let Heads { keys, values_per_key, d_v, .. } = self.heads;
         mixed.reshape(tokens, keys * values_per_key * d_v);
@@ -150,17 +146,6 @@ impl GatedDeltaNet {
         });
         mixed.prepare(norms, &[&self.out_proj]);
         project(products, &[&self.out_proj], mixed, true, residual);
-    }
-
-    fn trace_projections(&self, ctx: Context<'_>, width: usize, projected: &[f32]) {
-        let Some(trace) = ctx.trace else { return };
-        let names = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"];
-        let mut first = 0;
-        for (matrix, name) in self.projections().into_iter().zip(names) {
-            let rows = projected.chunks_exact(width).map(|row| &row[first..first + matrix.rows]);
-            trace.layer_part(name, matrix.rows, 0, rows.enumerate());
-            first += matrix.width();
-        }
     }
 }
 
@@ -304,9 +289,4 @@ fn trace_conv(trace: &Trace, heads: Heads, key: usize, first: usize, parts: [&[f
         trace.layer_part("v", keys * values_per_key * d_v, at, rows());
         trace.layer_part("conv_silu", conv_dim, 2 * keys * d_k + at, rows());
     }
-}
-
-/// Work space for as many threads as the team has.
-pub fn units(threads: usize) -> Vec<Mutex<UnitScratch>> {
-    (0..threads).map(|_| Mutex::default()).collect()
 }

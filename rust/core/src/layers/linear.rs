@@ -4,6 +4,7 @@ use super::{Context, FEW_TOKENS};
 use crate::kernels::matmul::Outputs;
 use crate::kernels::quantize::QuantTile;
 use crate::kernels::{activation, matmul, norm, planes};
+use crate::profile::Part;
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
@@ -247,6 +248,31 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
             }
         },
     );
+}
+
+/// Products of `x` with the matrices, two or more, that begin a mixer, recorded by their names.
+///
+/// y: becomes [x.tokens(), width], which is returned; see [`project`].
+pub fn project_named<const N: usize>(
+    ctx: Context<'_>,
+    matrices: [(&str, &Matrix); N],
+    x: &mut Input,
+    y: &mut Vec<f32>,
+) -> usize {
+    let alone = matrices.map(|(_, matrix)| matrix);
+    x.prepare(ctx.under(Part::Norms), &alone);
+    let width = alone.iter().map(|m| m.width()).sum();
+    resize(y, x.tokens() * width);
+    project(ctx.under(Part::Matrices), &alone, x, false, y);
+    if let Some(trace) = ctx.trace {
+        let mut first = 0;
+        for (name, matrix) in matrices {
+            let rows = y.chunks_exact(width).map(|row| &row[first..first + matrix.rows]);
+            trace.layer_part(name, matrix.rows, 0, rows.enumerate());
+            first += matrix.width();
+        }
+    }
+    width
 }
 
 /// y = silu(gate x) (up x), rows of both matrices together. y: [x.tokens(), gate.rows].

@@ -16,6 +16,7 @@ use crate::pool::{Team, Tile};
 use crate::profile::{Part, Profile};
 use crate::simd::Cpu;
 use crate::trace::Trace;
+use std::sync::Mutex;
 
 /// What every layer needs to work.
 #[derive(Clone, Copy)]
@@ -74,6 +75,11 @@ impl<'a> Context<'a> {
         let _clock = self.profile.map(|p| p.alone(self.part));
         work()
     }
+}
+
+/// Work space of each of a team's threads.
+pub fn per_thread<T: Default>(threads: usize) -> Vec<Mutex<T>> {
+    (0..threads).map(|_| Mutex::default()).collect()
 }
 
 /// Tokens that go through the layers together, at most.
