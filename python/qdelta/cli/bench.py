@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import QUANTS, head_option, revision_option, yarn_option
+from .common import (
+    KVS,
+    QUANTS,
+    SIZE_NAMES,
+    cache_option,
+    check_plot,
+    counts,
+    head_option,
+    isa_option,
+    offline_option,
+    plot_option,
+    revision_option,
+    saved_option,
+    yarn_option,
+)
 
 if TYPE_CHECKING:
     from ..bench import Row
@@ -16,22 +30,11 @@ if TYPE_CHECKING:
     from ..report import Report
 
 
-def counts(text: str) -> list[int]:
-    """Numbers separated by commas, as llama-bench takes them."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r}: expected numbers separated by commas") from None
-    if any(number < 0 for number in numbers):
-        raise click.BadParameter(f"{text!r}: expected no negative number")
-    return numbers
-
-
 @click.command()
 @click.argument("model_name", metavar="[MODEL]", required=False)
 @click.option(
     "--synthetic",
-    type=click.Choice(["0.8B", "2B", "4B", "9B"]),
+    type=click.Choice(SIZE_NAMES),
     help="Random weights at the shapes of this size, no files needed.",
 )
 @click.option(
@@ -80,8 +83,8 @@ def counts(text: str) -> list[int]:
     show_default=True,
 )
 @click.option("--quant", type=click.Choice(QUANTS), default="auto", show_default=True)
-@click.option("--kv", type=click.Choice(["auto", "f16", "f32", "q8"]), default="auto")
-@click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
+@click.option("--kv", type=click.Choice(KVS), default="auto")
+@isa_option
 @head_option
 @yarn_option
 @click.option("--limits", is_flag=True, help="Set results against what the machine could do.")
@@ -90,23 +93,13 @@ def counts(text: str) -> list[int]:
     "--against", metavar="PROGRAM", help="Measure llama-bench (of llama.cpp or a fork) in turn."
 )
 @click.option("--against-model", metavar="FILE", help="Its GGUF file.")
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="Draw the results as .svg or .png (pip install 'qdelta[plot]').",
-)
-@click.option(
-    "--from",
-    "saved",
-    type=click.Path(exists=True, dir_okay=False),
-    multiple=True,
-    metavar="FILE",
-    help="Results of -o json to draw, with those of this run if there is one; may be repeated.",
+@plot_option("Draw the results")
+@saved_option(
+    "Results of -o json to draw, with those of this run if there is one; may be repeated."
 )
 @revision_option
-@click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
-@click.option("--offline", is_flag=True, help="Touch no network.")
+@cache_option
+@offline_option
 def bench(
     model_name: str | None,
     synthetic: str | None,
@@ -159,18 +152,11 @@ def bench(
     """
     from .. import bench as benchmark
     from .. import plots
-    from ..errors import ArgumentError
     from ..progress import StepBar
     from ..report import Csv, Json, JsonLines, Markdown, read_rows
     from ..source import locate
 
-    if saved and plot is None:
-        raise click.UsageError("--from is for --plot")
-    if plot is not None:
-        try:
-            plots.check(plot)
-        except ArgumentError as error:
-            raise click.UsageError(f"--plot: {error}") from None
+    check_plot(plot, saved)
     rows = [row for file in saved for row in read_rows(file)]
     if saved and model_name is None and synthetic is None:
         if not rows:

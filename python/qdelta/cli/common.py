@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
-from ..errors import FileError
+from ..errors import ArgumentError, FileError
 from ..progress import wanted
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # As in `qdelta.weights`, which takes long to import.
 RECIPES = ("balanced", "small", "fine", "best", "w8", "w4")
 QUANTS = ("auto", "none", *RECIPES, "gguf")
+KVS = ("auto", "f16", "f32", "q8")
+# As in `qdelta.sizes`, likewise.
+SIZE_NAMES = ("0.8B", "2B", "4B", "9B")
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -45,6 +48,64 @@ head_option = click.option(
     help="screened: find the likeliest tokens with part of the head's bytes; see `eval`.",
 )
 
+isa_option = click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
+
+cache_option = click.option(
+    "--cache", type=click.Path(file_okay=False), help="Folder for converted files."
+)
+
+offline_option = click.option("--offline", is_flag=True, help="Touch no network.")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+
+
+def plot_option(what: str) -> Callable[[F], F]:
+    """--plot, which does `what`; see `check_plot`."""
+    return click.option(
+        "--plot",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        help=f"{what} as .svg or .png (pip install 'qdelta[plot]').",
+    )
+
+
+def saved_option(help: str) -> Callable[[F], F]:
+    """--from, saved results that --plot draws."""
+    return click.option(
+        "--from",
+        "saved",
+        type=click.Path(exists=True, dir_okay=False),
+        multiple=True,
+        metavar="FILE",
+        help=help,
+    )
+
+
+def check_plot(plot: str | None, saved: tuple[str, ...]) -> None:
+    """Raise UsageError if a plot cannot be drawn, before anything is measured for it."""
+    if plot is None:
+        if saved:
+            raise click.UsageError("--from is for --plot")
+        return
+    from ..plots import check
+
+    try:
+        check(plot)
+    except ArgumentError as error:
+        raise click.UsageError(f"--plot: {error}") from None
+
+
+def counts(text: str) -> list[int]:
+    """Numbers separated by commas, as llama-bench takes them."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: expected numbers separated by commas") from None
+    if any(number < 0 for number in numbers):
+        raise click.BadParameter(f"{text!r}: expected no negative number")
+    return numbers
+
+
 _LOADING = (
     revision_option,
     click.option(
@@ -60,12 +121,12 @@ _LOADING = (
     threads_option,
     click.option(
         "--kv",
-        type=click.Choice(["auto", "f16", "f32", "q8"]),
+        type=click.Choice(KVS),
         default="auto",
         show_default=True,
         help="Precision of the attention cache.",
     ),
-    click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best."),
+    isa_option,
     head_option,
     click.option(
         "--memory-limit",
@@ -73,8 +134,8 @@ _LOADING = (
         help='What model and conversations may take, as "6 GB" or "6GiB"; without --ctx the '
         "context is what fits.",
     ),
-    click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files."),
-    click.option("--offline", is_flag=True, help="Touch no network."),
+    cache_option,
+    offline_option,
 )
 
 _SAMPLING = (

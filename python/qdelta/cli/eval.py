@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ArgumentError
-from .common import LOADING_NAMES, QUANTS, loading_options, read_text, reading
+from .common import (
+    LOADING_NAMES,
+    QUANTS,
+    check_plot,
+    json_option,
+    loading_options,
+    plot_option,
+    read_text,
+    reading,
+    saved_option,
+)
 
 if TYPE_CHECKING:
     from ..llm import Model
@@ -44,21 +53,9 @@ _OWN = ("revision", "quant", "kv", "head")
     show_default=True,
     help="Tokens to show at which a single MODEL differs most.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="Draw KL against bits as .svg or .png (pip install 'qdelta[plot]').",
-)
-@click.option(
-    "--from",
-    "saved",
-    type=click.Path(exists=True, dir_okay=False),
-    multiple=True,
-    metavar="FILE",
-    help="Results of --against and --json to draw, with those of this run; may be repeated.",
-)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@plot_option("Draw KL against bits")
+@saved_option("Results of --against and --json to draw, with those of this run; may be repeated.")
+@json_option
 @loading_options
 def evaluate(
     model_names: tuple[str, ...],
@@ -138,18 +135,9 @@ def _check_usage(
         raise click.UsageError("several MODELs are for --against")
     if against is not None and options["head"] == "screened":
         raise click.UsageError("--against computes all logits; --head screened is without it")
-    if saved and plot is None:
-        raise click.UsageError("--from is for --plot")
-    if plot is None:
-        return
-    if model_names and against is None:
+    if plot is not None and model_names and against is None:
         raise click.UsageError("--plot draws comparisons; give --against")
-    from .. import plots
-
-    try:
-        plots.check(plot)
-    except ArgumentError as error:
-        raise click.UsageError(f"--plot: {error}") from None
+    check_plot(plot, saved)
 
 
 def _load_reference(name: str, quant: str | None, options: dict[str, Any]) -> Model:

@@ -12,6 +12,9 @@ import click
 from ..errors import ArgumentError, FileAccessError
 from ..memory import size_text
 from .common import (
+    KVS,
+    json_option,
+    offline_option,
     print_unused,
     read_text,
     reading,
@@ -62,7 +65,7 @@ _SHOWN_LOSSES = 5
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False), required=True, help="File to write.")
 @threads_option
-@click.option("--offline", is_flag=True, help="Touch no network.")
+@offline_option
 def convert(
     model_name: str,
     revision: str | None,
@@ -174,14 +177,14 @@ def _importance(source: Any, path: Path, file: Any, threads: int | None) -> dict
 @yarn_option
 @click.option(
     "--kv",
-    type=click.Choice(["auto", "f16", "f32", "q8"]),
+    type=click.Choice(KVS),
     default="auto",
     help="Precision of the attention cache in the plan.",
 )
 @click.option("--tensors/--no-tensors", default=False, help="List every tensor.")
 @click.option("--verify", is_flag=True, help="Read a converted file whole and check its hash.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--offline", is_flag=True, help="Touch no network.")
+@json_option
+@offline_option
 def inspect(
     model_name: str,
     revision: str | None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..memory import size_text
-from .common import RECIPES, revision_option, table_console
+from .common import RECIPES, json_option, offline_option, revision_option, table_console
 
 if TYPE_CHECKING:
     from ..inventory import Held
@@ -21,7 +21,6 @@ cache_option = click.option(
     "--cache", type=click.Path(file_okay=False), help="Folder for converted and kept models."
 )
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
 @click.command()
@@ -179,7 +178,7 @@ def verify(
 @click.argument("folder", type=click.Path(file_okay=False))
 @click.option("--quant", type=click.Choice(RECIPES), help="Converted; default: as it is.")
 @revision_option
-@click.option("--offline", is_flag=True, help="Touch no network.")
+@offline_option
 @cache_option
 def export(
     model_name: str,

@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING
 import click
 
 from ..memory import parse_bytes, size_text, usable_memory
-from .bench import counts
-from .common import QUANTS, print_unused, revision_option, table_console, yarn_option
+from .common import (
+    KVS,
+    QUANTS,
+    SIZE_NAMES,
+    cache_option,
+    counts,
+    json_option,
+    offline_option,
+    print_unused,
+    revision_option,
+    table_console,
+    yarn_option,
+)
 
 if TYPE_CHECKING:
     from ..planning import MemoryPlan
@@ -34,7 +45,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 @click.argument("model_name", metavar="[MODEL]", required=False)
 @click.option(
     "--synthetic",
-    type=click.Choice(["0.8B", "2B", "4B", "9B"]),
+    type=click.Choice(SIZE_NAMES),
     help="Plan for this released size, no files needed.",
 )
 @click.option(
@@ -53,7 +64,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 )
 @click.option(
     "--kv",
-    type=_names(("auto", "f16", "f32", "q8")),
+    type=_names(KVS),
     metavar="KV,KV,...",
     default="auto,q8",
     show_default=True,
@@ -73,9 +84,9 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 )
 @yarn_option
 @revision_option
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--cache", type=click.Path(file_okay=False), help="Folder for converted files.")
-@click.option("--offline", is_flag=True, help="Touch no network.")
+@json_option
+@cache_option
+@offline_option
 def plan(
     model_name: str | None,
     synthetic: str | None,

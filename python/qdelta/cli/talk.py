@@ -13,6 +13,7 @@ from .common import (
     LOADING_NAMES,
     SAMPLING_NAMES,
     given,
+    isa_option,
     loading_options,
     read_text,
     sampling_options,
@@ -32,7 +33,7 @@ DEMO_TOKENS = 200
 @click.argument("prompt", default=DEMO_PROMPT)
 @sampling_options
 @threads_option
-@click.option("--isa", help="Instruction set, as avx512 or avx2; default: the best.")
+@isa_option
 def demo(prompt: str, threads: int | None, isa: str | None, **options: Any) -> None:
     """Tell a story with the toy model inside the package.
 
