@@ -107,8 +107,7 @@ const FEW_ROWS: Format = Format::Blocks(BlockType::Q8_0);
 /// By what a part adds to the KL divergence of a trained model for its bytes: out_proj comes first,
 /// then embedding and head, the inputs of linear attention, attention, and the MLP last. Decay and
 /// write strength are a thousandth of the weights. In W4 and W8 embedding and head are in two
-/// planes, so that rows can be screened with one of them. What else W4 has in six bits is so too: with
-/// any number of columns, and read faster than W6K.
+/// planes, so that rows can be screened with one of them.
 fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
     use Format::{W4, W4K, W4Nl, W5K, W6K, W6Planes, W8, W8Planes};
     let attention = matches!(role, Role::Query | Role::AttentionOutput);
@@ -135,6 +134,8 @@ fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
         (Quant::Best, _) if narrow => &[W6K, W8],
         (Quant::Best, _) if vocabulary => &[W6K, W8Planes],
         (Quant::W4, _) if narrow => &[W4],
+        (Quant::W4, Role::KeyValue) => &[W5K, W6Planes],
+        (Quant::W4, Role::LinearOutput | Role::MtpInput) => &[W6K, W6Planes],
         (Quant::W4, _) => &[W6Planes],
         _ if vocabulary => &[W8Planes],
         _ => &[W8],
