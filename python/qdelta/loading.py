@@ -74,8 +74,8 @@ def load(
     set of `qdelta.instruction_sets()`; None: the best.
     head: "full" chooses tokens from all logits. "screened" finds the candidates with two thirds or
     half of the head's bytes, in weights of quant "w4" or "w8", for greedy choices and top_k up to
-    256 without processors; anything else is computed in full. A candidate may be missed, with odds that
-    `Model.screening` measures; those found have the same logits.
+    256 without processors; anything else is computed in full. A candidate may be missed, with odds
+    that `Model.screening` measures; those found have the same logits.
     memory_limit: bytes, or a text like "6 GB" or "6GiB", that weights, sessions and snapshots may
     take together; the interpreter and the tokenizer are not counted. With ctx=None the largest
     context that fits is chosen, see `Model.context`. What would exceed it raises MemoryLimitError
