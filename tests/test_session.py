@@ -128,6 +128,22 @@ def test_rows_kept(model):
     np.testing.assert_array_equal(sessions["none"].logits(), sessions["last"].logits())
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 64, 300])
+def test_outputs_that_nobody_reads_leave_the_same_state(model, count):
+    tokens = random_tokens(count)
+    sessions = {rows: model.native.session() for rows in ("all", "last", "none")}
+    for rows, session in sessions.items():
+        session.feed(tokens, logits=rows)
+    want = everything(sessions["all"])
+    for rows in ("last", "none"):
+        found = everything(sessions[rows])
+        assert_same(found[2:], want[2:])
+    np.testing.assert_allclose(
+        sessions["last"].logits()[0], sessions["all"].logits()[-1], rtol=0, atol=1e-4
+    )
+    assert sessions["none"].logits().shape[0] == 0
+
+
 def test_logits_are_a_copy(model):
     session = model.native.session()
     session.feed(random_tokens(4))

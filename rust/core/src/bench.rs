@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead};
-use crate::kernels::matmul::{self, Outputs};
+use crate::kernels::matmul;
+use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
 use crate::kernels::{Columns, ColumnsMut};
 use crate::pool::Pool;

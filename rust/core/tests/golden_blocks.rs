@@ -1,7 +1,8 @@
 //! Block types of GGUF files against ggml's own bytes, numbers and products.
 //! `tests/golden/README.md` says how they were made.
 
-use qdelta_core::kernels::matmul::{Outputs, packed};
+use qdelta_core::kernels::matmul::packed;
+use qdelta_core::kernels::outputs::Outputs;
 use qdelta_core::kernels::quantize::QuantTile;
 use qdelta_core::quant::reorder::{panel_format, reorder_panel_to};
 use qdelta_core::quant::{BlockType, Format, GROUP, PANEL_ROWS, panel_bytes};

@@ -8,6 +8,7 @@ pub mod conv1d;
 pub mod delta_rule;
 pub mod matmul;
 pub mod norm;
+pub mod outputs;
 pub mod planes;
 pub mod quantize;
 pub mod rope;

@@ -14,7 +14,7 @@
 //!
 //! which needs no more than the scales of the high plane.
 
-use super::matmul::Outputs;
+use super::outputs::Outputs;
 use super::quantize::QuantTile;
 use super::{ask_ahead, run_tile};
 use crate::quant::two_planes::{HIGH_BYTES, InPlanes, Planes};

@@ -10,7 +10,7 @@
 use super::Context;
 use super::linear::{Input, Matrix, chunk_cols};
 use crate::error::{Error, Result};
-use crate::kernels::matmul::Outputs;
+use crate::kernels::outputs::Outputs;
 use crate::kernels::{planes, select};
 use crate::quant::PANEL_ROWS;
 use crate::quant::two_planes::Planes;

@@ -1,7 +1,7 @@
 //! Matrices and their products with rows of activations, over threads.
 
 use super::{Context, FEW_TOKENS};
-use crate::kernels::matmul::Outputs;
+use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
 use crate::kernels::{activation, matmul, norm, planes};
 use crate::profile::Part;

@@ -63,7 +63,8 @@ impl Packed for W4Mx {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::matmul::{Outputs, packed};
+    use crate::kernels::matmul::packed;
+    use crate::kernels::outputs::Outputs;
     use crate::kernels::quantize::QuantTile;
     use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
     use crate::simd::Cpu;
