@@ -118,22 +118,7 @@ pub(super) fn five_bit_dots<S: Isa, const M: usize>(
     x: Group<'_, M>,
 ) -> [S::I; M] {
     let (plane, steps) = codes.as_chunks().0.split_first().expect("a plane is there");
-    let plane = s.load_bytes(plane);
-    let mut dots = [s.splat_i32(0); M];
-    macro_rules! steps {
-        ($(($t:literal, $first:literal, $second:literal))*) => {$(
-            let w = s.load_bytes(&steps[$t]);
-            let first = s.insert_bits::<$first, 0x10>(s.low_nibbles(w), plane);
-            let second = s.insert_bits::<$second, 0x10>(s.high_nibbles(w), plane);
-            for m in 0..M {
-                dots[m] = s.dot_codes(dots[m], first, s.splat_bytes(x.codes[2 * $t][m]));
-                dots[m] = s.dot_codes(dots[m], second, s.splat_bytes(x.codes[2 * $t + 1][m]));
-            }
-        )*};
-    }
-    // Bit t of the plane becomes bit 4.
-    steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
-    dots
+    s.dot_five_bits_group(plane, steps.first_chunk().expect("four steps"), x.codes)
 }
 
 /// A code of five bits among those of its group.

@@ -103,6 +103,32 @@ impl<const VNNI: bool> Avx2<VNNI> {
         })
     }
 
+    /// Dot products of eight rows with M tokens, for the half `half` of `out`. The codes of N steps stay
+    /// in registers while the tokens pass, and 16 bits hold `RUN` of their products of pairs.
+    #[inline(always)]
+    fn dots_of_eight<const N: usize, const RUN: usize, const M: usize>(
+        self,
+        codes: [__m256i; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+        half: usize,
+        out: &mut [[__m256i; 2]; M],
+    ) {
+        for m in 0..M {
+            let mut sum = op!(_mm256_set1_epi32(starts[m]));
+            let mut t = 0;
+            while t < N {
+                let mut pairs = op!(_mm256_maddubs_epi16(codes[t], self.splat_bytes(x[t][m])));
+                for t in t + 1..t + RUN {
+                    pairs = self.add_nibbles(pairs, codes[t], self.splat_bytes(x[t][m]));
+                }
+                sum = op!(_mm256_add_epi32(sum, self.pairs_of_nibbles(pairs)));
+                t += RUN;
+            }
+            out[m][half] = sum;
+        }
+    }
+
     /// The running sums of eight rows as i32.
     #[inline(always)]
     fn pairs_of_nibbles(self, acc: __m256i) -> __m256i {
@@ -113,7 +139,7 @@ impl<const VNNI: bool> Avx2<VNNI> {
 impl<const VNNI: bool> Isa for Avx2<VNNI> {
     // Three integer and three float accumulators of two registers leave 4 of 16. Without VNNI half
     // the integer accumulators are in use at a time, and the float ones wait in the cache.
-    const TILE_TOKENS: usize = if VNNI { 3 } else { 6 };
+    const TILE_TOKENS: usize = if VNNI { 3 } else { 12 };
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
@@ -422,18 +448,39 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
         let mut out = [self.splat_i32(0); M];
         for half in 0..2 {
-            let mut acc = [op!(_mm256_setzero_si256()); M];
+            let mut w = [op!(_mm256_setzero_si256()); 8];
             for t in 0..4 {
-                let [low, high] = self.nibbles_of_eight(eight_rows(&codes[t], half));
-                for m in 0..M {
-                    acc[m] = self.add_nibbles(acc[m], low, self.splat_bytes(x[2 * t][m]));
-                    acc[m] = self.add_nibbles(acc[m], high, self.splat_bytes(x[2 * t + 1][m]));
-                }
+                [w[2 * t], w[2 * t + 1]] = self.nibbles_of_eight(eight_rows(&codes[t], half));
             }
-            for m in 0..M {
-                let start = op!(_mm256_set1_epi32(starts[m]));
-                out[m][half] = op!(_mm256_add_epi32(start, self.pairs_of_nibbles(acc[m])));
+            self.dots_of_eight::<8, 8, M>(w, x, starts, half, &mut out);
+        }
+        out
+    }
+
+    // As `dot_nibbles_group`. 16 bits hold four products of pairs of codes of five bits: 31 x 127 x 8.
+    #[inline(always)]
+    fn dot_five_bits_group<const M: usize>(
+        self,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+    ) -> [Self::I; M] {
+        if VNNI {
+            return each_token::five_bits(self, plane, codes, x);
+        }
+        let mut out = [self.splat_i32(0); M];
+        for half in 0..2 {
+            let plane = eight_rows(plane, half);
+            let mut w = [op!(_mm256_setzero_si256()); 8];
+            macro_rules! steps {
+                ($(($t:literal, $first:literal, $second:literal))*) => {$(
+                    let [low, high] = self.nibbles_of_eight(eight_rows(&codes[$t], half));
+                    w[2 * $t] = self.insert_in_eight::<$first, 0x10>(low, plane);
+                    w[2 * $t + 1] = self.insert_in_eight::<$second, 0x10>(high, plane);
+                )*};
             }
+            steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
+            self.dots_of_eight::<8, 4, M>(w, x, &[0; M], half, &mut out);
         }
         out
     }
@@ -453,27 +500,15 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         let mut out = [self.splat_i32(0); M];
         for half in 0..2 {
             let plane = eight_rows(plane, half);
-            let mut acc = [op!(_mm256_setzero_si256()); M];
-            for m in 0..M {
-                acc[m] = op!(_mm256_set1_epi32(starts[m]));
-            }
-            macro_rules! steps {
-                ($(($t:literal, $first:literal, $second:literal))*) => {$(
-                    let [low, high] = self.nibbles_of_eight(eight_rows(&codes[$t], half));
-                    let first = self.insert_in_eight::<$first, 0x30>(low, plane);
-                    let second = self.insert_in_eight::<$second, 0x30>(high, plane);
-                    for m in 0..M {
-                        let (a, b) = (self.splat_bytes(x[2 * $t][m]), self.splat_bytes(x[2 * $t + 1][m]));
-                        let pairs = op!(_mm256_maddubs_epi16(first, a));
-                        let sum = self.pairs_of_nibbles(self.add_nibbles(pairs, second, b));
-                        acc[m] = op!(_mm256_add_epi32(acc[m], sum));
-                    }
-                )*};
-            }
-            steps!((0, 4, 2)(1, 0, -2));
-            for m in 0..M {
-                out[m][half] = acc[m];
-            }
+            let [a, b] = self.nibbles_of_eight(eight_rows(&codes[0], half));
+            let [c, d] = self.nibbles_of_eight(eight_rows(&codes[1], half));
+            let w = [
+                self.insert_in_eight::<4, 0x30>(a, plane),
+                self.insert_in_eight::<2, 0x30>(b, plane),
+                self.insert_in_eight::<0, 0x30>(c, plane),
+                self.insert_in_eight::<-2, 0x30>(d, plane),
+            ];
+            self.dots_of_eight::<4, 2, M>(w, x, starts, half, &mut out);
         }
         out
     }

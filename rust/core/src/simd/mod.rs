@@ -163,6 +163,17 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) -> [Self::I; M] {
         each_token::planes(self, high, low, x, starts)
     }
+    /// As `dot_nibbles_group` for codes of five bits, without a zero: bit t of `plane` is the fifth of
+    /// the codes of step t.
+    #[inline(always)]
+    fn dot_five_bits_group<const M: usize>(
+        self,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+    ) -> [Self::I; M] {
+        each_token::five_bits(self, plane, codes, x)
+    }
     /// As `dot_nibbles_group` for half a group of codes of six bits: bits 2t and 2t + 1 of `plane` are
     /// the highest of the codes of step t.
     #[inline(always)]
@@ -253,6 +264,31 @@ mod each_token {
                 acc[m] = s.dot_bytes(acc[m], second, s.splat_bytes(x[2 * t + 1][m]));
             }
         }
+        acc
+    }
+
+    #[inline(always)]
+    pub fn five_bits<S: Isa, const M: usize>(
+        s: S,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+    ) -> [S::I; M] {
+        let plane = s.load_bytes(plane);
+        let mut acc = [s.splat_i32(0); M];
+        macro_rules! steps {
+            ($(($t:literal, $first:literal, $second:literal))*) => {$(
+                let w = s.load_bytes(&codes[$t]);
+                let first = s.insert_bits::<$first, 0x10>(s.low_nibbles(w), plane);
+                let second = s.insert_bits::<$second, 0x10>(s.high_nibbles(w), plane);
+                for m in 0..M {
+                    acc[m] = s.dot_codes(acc[m], first, s.splat_bytes(x[2 * $t][m]));
+                    acc[m] = s.dot_codes(acc[m], second, s.splat_bytes(x[2 * $t + 1][m]));
+                }
+            )*};
+        }
+        // Bit t of the plane becomes bit 4.
+        steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
         acc
     }
 
