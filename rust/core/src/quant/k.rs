@@ -351,9 +351,9 @@ impl Packed for W6K {
         macro_rules! half {
             ($half:literal) => {
                 let [plane, w @ ..] = &steps[$half];
-                let dots = s.dot_six_bits_half(plane, w, &halves[$half], x.starts_at_32($half));
-                let scales = s.mul(d, s.load_i8(&a[2 * g + $half]));
-                add_scaled(s, dots, scales, x.scales, acc);
+                let scales = (s.mul(d, s.load_i8(&a[2 * g + $half])), x.scales);
+                let starts = x.starts_at_32($half);
+                s.add_six_bits_half(plane, w, &halves[$half], starts, scales, acc);
             };
         }
         half!(0);

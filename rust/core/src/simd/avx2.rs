@@ -487,17 +487,18 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
 
     // As `dot_nibbles_group`. 16 bits hold two products of pairs of codes of six bits: 63 x 127 x 4.
     #[inline(always)]
-    fn dot_six_bits_half<const M: usize>(
+    fn add_six_bits_half<const M: usize>(
         self,
         plane: &[u8; 4 * LANES],
         codes: &[[u8; 4 * LANES]; 2],
         x: &[[[i8; 4]; M]; 4],
         starts: &[i32; M],
-    ) -> [Self::I; M] {
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
         if VNNI {
-            return each_token::six_bits(self, plane, codes, x, starts);
+            return each_token::six_bits(self, plane, codes, x, starts, scales, acc);
         }
-        let mut out = [self.splat_i32(0); M];
         for half in 0..2 {
             let plane = eight_rows(plane, half);
             let [a, b] = self.nibbles_of_eight(eight_rows(&codes[0], half));
@@ -508,9 +509,19 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                 self.insert_in_eight::<0, 0x30>(c, plane),
                 self.insert_in_eight::<-2, 0x30>(d, plane),
             ];
-            self.dots_of_eight::<4, 2, M>(w, x, starts, half, &mut out);
+            for m in 0..M {
+                let mut sum = op!(_mm256_set1_epi32(starts[m]));
+                for t in [0, 2] {
+                    let a = op!(_mm256_maddubs_epi16(w[t], self.splat_bytes(x[t][m])));
+                    let pairs = self.add_nibbles(a, w[t + 1], self.splat_bytes(x[t + 1][m]));
+                    sum = op!(_mm256_add_epi32(sum, self.pairs_of_nibbles(pairs)));
+                }
+                acc[m][half] = op!({
+                    let scale = _mm256_mul_ps(scales.0[half], _mm256_set1_ps(scales.1[m]));
+                    _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[m][half])
+                });
+            }
         }
-        out
     }
 
     // Without VNNI nibbles are cheaper than bytes, even twice: they need no widening.

@@ -174,17 +174,21 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) -> [Self::I; M] {
         each_token::five_bits(self, plane, codes, x)
     }
-    /// As `dot_nibbles_group` for half a group of codes of six bits: bits 2t and 2t + 1 of `plane` are
-    /// the highest of the codes of step t.
+    /// acc += scales times the products of half a group of codes of six bits with M tokens, as
+    /// `dot_nibbles_group` has them: bits 2t and 2t + 1 of `plane` are the highest of the codes of step t.
+    ///
+    /// scales: of the weights, and of each token.
     #[inline(always)]
-    fn dot_six_bits_half<const M: usize>(
+    fn add_six_bits_half<const M: usize>(
         self,
         plane: &[u8; 4 * LANES],
         codes: &[[u8; 4 * LANES]; 2],
         x: &[[[i8; 4]; M]; 4],
         starts: &[i32; M],
-    ) -> [Self::I; M] {
-        each_token::six_bits(self, plane, codes, x, starts)
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        each_token::six_bits(self, plane, codes, x, starts, scales, acc);
     }
     /// What `dot_bytes` begins with for codes with a zero of 128.
     ///
@@ -299,7 +303,9 @@ mod each_token {
         codes: &[[u8; 4 * LANES]; 2],
         x: &[[[i8; 4]; M]; 4],
         starts: &[i32; M],
-    ) -> [S::I; M] {
+        scales: (S::F, &[f32; M]),
+        acc: &mut [S::F; M],
+    ) {
         let plane = s.load_bytes(plane);
         let w = [s.load_bytes(&codes[0]), s.load_bytes(&codes[1])];
         // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
@@ -309,16 +315,19 @@ mod each_token {
             s.insert_bits::<0, 0x30>(s.low_nibbles(w[1]), plane),
             s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
         ];
-        let mut acc = [s.splat_i32(0); M];
+        let mut dots = [s.splat_i32(0); M];
         for m in 0..M {
-            acc[m] = s.splat_i32(starts[m]);
+            dots[m] = s.splat_i32(starts[m]);
         }
         for t in 0..4 {
             for m in 0..M {
-                acc[m] = s.dot_codes(acc[m], codes[t], s.splat_bytes(x[t][m]));
+                dots[m] = s.dot_codes(dots[m], codes[t], s.splat_bytes(x[t][m]));
             }
         }
-        acc
+        for m in 0..M {
+            let scale = s.mul(scales.0, s.splat(scales.1[m]));
+            acc[m] = s.fma(s.to_f32(dots[m]), scale, acc[m]);
+        }
     }
 }
 
