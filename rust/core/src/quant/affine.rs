@@ -10,9 +10,9 @@
 //! [`W5Affine`] has codes of 5 bits, 6 bits a weight. A block is 384 bytes, because before the
 //! codes are their high bits in the order of W5K.
 
-use super::k::{FIVE_BITS, NIBBLES, five_bit_code, five_bit_dots};
+use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code};
 use super::w4::nibble;
-use super::{Group, Packed, add_offsets, add_scaled};
+use super::{Group, Packed, add_offsets};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -25,18 +25,11 @@ pub const W5_BYTES: usize = SCALE_BYTES + FIVE_BITS;
 pub struct W4Affine;
 pub struct W5Affine;
 
-/// Adds what the dot products of a block's codes stand for.
+/// Scales and offsets of a block, a row a lane.
 #[inline(always)]
-fn add<S: Isa, const M: usize>(
-    s: S,
-    block: &[u8],
-    dots: [S::I; M],
-    x: Group<'_, M>,
-    acc: &mut [S::F; M],
-) {
+fn affine<S: Isa>(s: S, block: &[u8]) -> (S::F, S::F) {
     let halves = block.as_chunks().0;
-    add_scaled(s, dots, s.load_f16(&halves[0]), x.scales, acc);
-    add_offsets(s, s.load_f16(&halves[1]), x.totals, acc);
+    (s.load_f16(&halves[0]), s.load_f16(&halves[1]))
 }
 
 fn decode(block: &[u8], row: usize, code: u8) -> f32 {
@@ -66,7 +59,9 @@ impl Packed for W4Affine {
         acc: &mut [S::F; M],
     ) {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        add(s, block, s.dot_nibbles_group(&codes[0], x.codes, &[0; M]), x, acc);
+        let (scales, offsets) = affine(s, block);
+        s.add_nibbles_group(&codes[0], x.codes, &[0; M], (scales, x.scales), acc);
+        add_offsets(s, offsets, x.totals, acc);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
@@ -95,7 +90,9 @@ impl Packed for W5Affine {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        add(s, block, five_bit_dots(s, &block[SCALE_BYTES..].as_chunks().0[0], x), x, acc);
+        let (scales, offsets) = affine(s, block);
+        add_five_bits(s, &block[SCALE_BYTES..].as_chunks().0[0], scales, x, acc);
+        add_offsets(s, offsets, x.totals, acc);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

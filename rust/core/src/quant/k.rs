@@ -110,15 +110,18 @@ fn decode_affine(block: &[u8], row: usize, g: usize, code: u8) -> f32 {
     d * byte(A) * f32::from(code) - m * byte(B)
 }
 
-/// Exact integer dot products of a group's codes of five bits with M tokens.
+/// acc += scales times the products of a group's codes of five bits with M tokens.
 #[inline(always)]
-pub(super) fn five_bit_dots<S: Isa, const M: usize>(
+pub(super) fn add_five_bits<S: Isa, const M: usize>(
     s: S,
     codes: &[u8; FIVE_BITS],
+    scales: S::F,
     x: Group<'_, M>,
-) -> [S::I; M] {
+    acc: &mut [S::F; M],
+) {
     let (plane, steps) = codes.as_chunks().0.split_first().expect("a plane is there");
-    s.dot_five_bits_group(plane, steps.first_chunk().expect("four steps"), x.codes)
+    let steps = steps.first_chunk().expect("four steps");
+    s.add_five_bits_group(plane, steps, x.codes, (scales, x.scales), acc);
 }
 
 /// A code of five bits among those of its group.
@@ -150,9 +153,8 @@ impl Packed for W4K {
         acc: &mut [S::F; M],
     ) {
         let (codes, _) = block[AFFINE..].as_chunks().0.as_chunks();
-        let dots = s.dot_nibbles_group(&codes[g], x.codes, &[0; M]);
         let (scales, offsets) = affine(s, block, g);
-        add_scaled(s, dots, scales, x.scales, acc);
+        s.add_nibbles_group(&codes[g], x.codes, &[0; M], (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
@@ -184,9 +186,8 @@ impl Packed for W5K {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let dots = five_bit_dots(s, &block[AFFINE..].as_chunks().0[g], x);
         let (scales, offsets) = affine(s, block, g);
-        add_scaled(s, dots, scales, x.scales, acc);
+        add_five_bits(s, &block[AFFINE..].as_chunks().0[g], scales, x, acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
@@ -310,7 +311,7 @@ impl Packed for W4NlK {
         let dots = w4_nl::dots(s, &w4_nl::BYTES, &codes[g], x);
         let d = s.load_f16(&block.as_chunks().0[0]);
         let scales = s.mul(d, s.load_i8(&block[A6..TABLED].as_chunks().0[g]));
-        add_scaled(s, dots, scales, x.scales, acc);
+        add_scaled(s, dots, (scales, x.scales), acc);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

@@ -23,7 +23,7 @@ pub mod w4_nl;
 pub mod w8;
 
 use crate::error::{Error, Result};
-use crate::simd::{Cpu, Isa, Kernel, LANES};
+use crate::simd::{Cpu, Isa, Kernel, LANES, add_scaled};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -297,20 +297,6 @@ pub trait Encode: Packed {
     ///
     /// w: its columns, a vector each, a row a lane; importance: how much each column matters.
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block);
-}
-
-/// acc += dots times the scales of weights and activations.
-#[inline(always)]
-fn add_scaled<S: Isa, const M: usize>(
-    s: S,
-    dots: [S::I; M],
-    scales: S::F,
-    x: &[f32; M],
-    acc: &mut [S::F; M],
-) {
-    for m in 0..M {
-        acc[m] = s.fma(s.to_f32(dots[m]), s.mul(scales, s.splat(x[m])), acc[m]);
-    }
 }
 
 /// acc += what an offset of some weights adds. totals: of their activations.

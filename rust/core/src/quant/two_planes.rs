@@ -72,7 +72,7 @@ impl InPlanes for W8Planes {
         let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
         let (low, _) = low.as_chunks().0.as_chunks();
         let dots = s.dot_planes_group(&high[g], &low[g], x.codes, x.starts_at_128());
-        add_scaled(s, dots, scales, x.scales, acc);
+        add_scaled(s, dots, (scales, x.scales), acc);
     }
 
     fn low(block: &[u8], row: usize, col: usize) -> u8 {
@@ -117,7 +117,7 @@ impl InPlanes for W6Planes {
         }
         half!(0);
         half!(1);
-        add_scaled(s, dots, scales, x.scales, acc);
+        add_scaled(s, dots, (scales, x.scales), acc);
     }
 
     fn low(block: &[u8], row: usize, col: usize) -> u8 {

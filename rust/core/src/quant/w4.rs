@@ -10,7 +10,7 @@
 //! code 0, so that the larger half of the code range is used.
 
 use super::search::{self, Codes, Integers};
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_scaled};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP};
 use crate::simd::{Isa, LANES};
 use half::f16;
 
@@ -44,7 +44,8 @@ impl Packed for W4 {
         acc: &mut [S::F; M],
     ) {
         let scales = scales(s, block, g);
-        add_scaled(s, dots(s, block, g, x), scales, x.scales, acc);
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        s.add_nibbles_group(&codes[g], x.codes, x.starts_at_8(), (scales, x.scales), acc);
     }
 
     #[inline]

@@ -51,7 +51,7 @@ impl Packed for W4Mx {
         let exponents = s.to_i32(s.load_u8(&block.as_chunks().0[g]));
         // In two steps, for the smallest scales are below the normal numbers that `exp2i` makes.
         let scales = s.exp2i(s.add_i32(exponents, s.splat_i32(-126)));
-        add_scaled(s, dots, s.mul(scales, s.splat(0.25)), x.scales, acc);
+        add_scaled(s, dots, (s.mul(scales, s.splat(0.25)), x.scales), acc);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

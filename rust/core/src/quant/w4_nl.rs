@@ -50,7 +50,7 @@ impl Packed for W4Nl {
     ) {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let dots = dots(s, &BYTES, &codes[g], x);
-        add_scaled(s, dots, w4::scales(s, block, g), x.scales, acc);
+        add_scaled(s, dots, (w4::scales(s, block, g), x.scales), acc);
     }
 
     #[inline]

@@ -43,7 +43,7 @@ impl Packed for W8 {
         let scales = scales(s, block, g);
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let dots = s.dot_bytes_group(&codes[g], x.codes, x.starts_at_128());
-        add_scaled(s, dots, scales, x.scales, acc);
+        add_scaled(s, dots, (scales, x.scales), acc);
     }
 
     #[inline]

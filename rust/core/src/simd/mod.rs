@@ -163,21 +163,33 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) -> [Self::I; M] {
         each_token::planes(self, high, low, x, starts)
     }
-    /// As `dot_nibbles_group` for codes of five bits, without a zero: bit t of `plane` is the fifth of
+    /// acc += scales times what `dot_nibbles_group` gives. scales: of the weights, and of each token.
+    #[inline(always)]
+    fn add_nibbles_group<const M: usize>(
+        self,
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        starts: &[i32; M],
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        add_scaled(self, self.dot_nibbles_group(codes, x, starts), scales, acc);
+    }
+    /// As `add_nibbles_group` for codes of five bits without a zero: bit t of `plane` is the fifth of
     /// the codes of step t.
     #[inline(always)]
-    fn dot_five_bits_group<const M: usize>(
+    fn add_five_bits_group<const M: usize>(
         self,
         plane: &[u8; 4 * LANES],
         codes: &[[u8; 4 * LANES]; 4],
         x: &[[[i8; 4]; M]; 8],
-    ) -> [Self::I; M] {
-        each_token::five_bits(self, plane, codes, x)
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        add_scaled(self, each_token::five_bits(self, plane, codes, x), scales, acc);
     }
-    /// acc += scales times the products of half a group of codes of six bits with M tokens, as
-    /// `dot_nibbles_group` has them: bits 2t and 2t + 1 of `plane` are the highest of the codes of step t.
-    ///
-    /// scales: of the weights, and of each token.
+    /// As `add_nibbles_group` for half a group of codes of six bits: bits 2t and 2t + 1 of `plane` are
+    /// the highest of the codes of step t.
     #[inline(always)]
     fn add_six_bits_half<const M: usize>(
         self,
@@ -188,7 +200,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
-        each_token::six_bits(self, plane, codes, x, starts, scales, acc);
+        add_scaled(self, each_token::six_bits(self, plane, codes, x, starts), scales, acc);
     }
     /// What `dot_bytes` begins with for codes with a zero of 128.
     ///
@@ -197,6 +209,19 @@ pub trait Isa: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn start_bytes(self, start: i32) -> Self::I {
         self.splat_i32(if Self::BYTE_BIAS == 0 { 0 } else { start })
+    }
+}
+
+/// acc += dots times scales. scales: of the weights, and of each token.
+#[inline(always)]
+pub fn add_scaled<S: Isa, const M: usize>(
+    s: S,
+    dots: [S::I; M],
+    (weights, x): (S::F, &[f32; M]),
+    acc: &mut [S::F; M],
+) {
+    for m in 0..M {
+        acc[m] = s.fma(s.to_f32(dots[m]), s.mul(weights, s.splat(x[m])), acc[m]);
     }
 }
 
@@ -303,9 +328,7 @@ mod each_token {
         codes: &[[u8; 4 * LANES]; 2],
         x: &[[[i8; 4]; M]; 4],
         starts: &[i32; M],
-        scales: (S::F, &[f32; M]),
-        acc: &mut [S::F; M],
-    ) {
+    ) -> [S::I; M] {
         let plane = s.load_bytes(plane);
         let w = [s.load_bytes(&codes[0]), s.load_bytes(&codes[1])];
         // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
@@ -324,10 +347,7 @@ mod each_token {
                 dots[m] = s.dot_codes(dots[m], codes[t], s.splat_bytes(x[t][m]));
             }
         }
-        for m in 0..M {
-            let scale = s.mul(scales.0, s.splat(scales.1[m]));
-            acc[m] = s.fma(s.to_f32(dots[m]), scale, acc[m]);
-        }
+        dots
     }
 }
 
