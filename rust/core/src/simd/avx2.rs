@@ -153,8 +153,8 @@ impl<const VNNI: bool> Avx2<VNNI> {
 }
 
 impl<const VNNI: bool> Isa for Avx2<VNNI> {
-    // Three integer and three float accumulators of two registers leave 4 of 16. Without VNNI half
-    // the integer accumulators are in use at a time, and the float ones wait in the cache.
+    // Three integer and three float accumulators of two registers leave 4 of 16. Without VNNI
+    // the codes of eight rows are in registers, and the accumulators of all tokens in the cache.
     const TILE_TOKENS: usize = if VNNI { 3 } else { 12 };
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
