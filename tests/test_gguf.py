@@ -13,14 +13,14 @@ import pytest
 
 import qdelta
 from golden_data import DEMO, GOLDEN, TEXT, Tensors, golden_model, prompts
-from qdelta import _native, weights
+from qdelta import _native, recipes, weights
 from qdelta.cli import cli
 from tiny import Container
 
 ISAS = _native.instruction_sets()
 FILES = GOLDEN / "gguf"
 FLOATS = FILES / "tiny-f32-F32.gguf"
-FORMATS = {"w4", "w4_nl", "w4_k", "w5_k", "w6_k", "w6_planes", "w8", "w8_planes"}
+FORMATS = set(recipes.FORMATS) - {"keep"}
 QUANTISED = ("Q8_0", "Q4_K_M")
 LOGITS = 1e-3  # absolute, of floats; two float32 orders of evaluation differ by up to 2e-4
 # Of quantised files, against the numbers of the file in float32: what rounding the activations to

@@ -80,6 +80,7 @@ SHAPES = {
         "tie_word_embeddings": False,
     },
     "wide": {"hidden_size": 320, "intermediate_size": 544, **heads(2, 4, 64, 64)},
+    "rows of 128 and 256": {"hidden_size": 256, "intermediate_size": 128},
     "head size 256": {**attention(2, 1, 256), **heads(2, 4, 128, 128)},
     "eps 1e-5": {"rms_norm_eps": 1e-5},
 }
@@ -197,6 +198,8 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
         return (blocks[..., 2:].view(np.int8) * scales).reshape(rows, cols)
     panels = stored.shape[0]
     data = np.frombuffer(stored.data, np.uint8)
+    if kind.endswith("_r"):
+        return decode_row_scaled(data.reshape(panels, -1), kind)[:rows, :cols]
     low = None
     if kind.endswith("_planes"):
         high = len(data) // (1088 if kind == "w8_planes" else 832) * 576
@@ -226,6 +229,30 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
     return weights.reshape(panels * 16, -1)[:rows, :cols]
 
 
+def decode_row_scaled(data: np.ndarray, kind: str) -> np.ndarray:
+    """Panels of 16 rows: 16 f32 units, then blocks of 128 columns.
+
+    A block begins with 4 x 16 signed factors, of its column groups and rows. The codes of a group
+    are 4-bit codes around 8, as in w4, or the same after 64 bytes of fifth bits, around 16.
+    """
+    panels = len(data)
+    units = data[:, :64].copy().view("<f4").astype(np.float64)
+    blocks = data[:, 64:].reshape(panels, -1, {"w4_r": 1088, "w5_r": 1344}[kind])
+    factors = blocks[..., :64].view(np.int8).reshape(panels, -1, 4, 16)
+    codes = blocks[..., 64:].reshape(panels, blocks.shape[1], 4, -1, 16, 4).astype(np.int64)
+    pairs = codes[..., -4:, :, :]
+    codes_of = np.concatenate([pairs & 15, pairs >> 4], axis=-1)  # eight columns a step
+    zero = 8
+    if kind == "w5_r":
+        fifths = np.stack([codes[..., 0, :, :] >> step & 1 for step in range(8)], axis=3)
+        fifths = fifths.reshape(*fifths.shape[:3], 4, 2, 16, 4).swapaxes(4, 5)
+        codes_of = codes_of + 16 * fifths.reshape(codes_of.shape)
+        zero = 16
+    numbers = (codes_of - zero) * factors[..., None, :, None]
+    numbers = numbers.transpose(0, 4, 1, 2, 3, 5).reshape(panels, 16, -1)
+    return (numbers * units[..., None]).reshape(panels * 16, -1)
+
+
 def round_to_codes(x: np.ndarray, group: int = 32) -> np.ndarray:
     """Rows as 8-bit codes, a scale for each group of columns: activations, q, k, v, softmax."""
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group)
@@ -236,7 +263,11 @@ def round_to_codes(x: np.ndarray, group: int = 32) -> np.ndarray:
 
 @pytest.mark.parametrize("quant", ["w8", "w4"])
 @pytest.mark.parametrize(
-    "shape", ["plain", "untied", "odd dims", "dims no multiple of 16", "3 value heads a key head"]
+    "shape",
+    [
+        *("plain", "untied", "odd dims", "dims no multiple of 16", "3 value heads a key head"),
+        "rows of 128 and 256",
+    ],
 )
 def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
     """Weights in blocks that end in the middle, and logits as the twin has them of the same.
@@ -251,7 +282,7 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
     exact, packed, decoded = Reference.load(folder), Container.read(out).tensors, {}
     for name, w in exact.weights.items():
         stem = name.removesuffix(".weight")
-        kinds = ("w4", "w6_planes", "w8", "w8_planes", "q8_0")
+        kinds = ("w4", "w4_r", "w5_r", "w6_planes", "w8", "w8_planes", "q8_0")
         kind = next((k for k in kinds if f"{stem}.{k}" in packed), None)
         if kind is None:
             stored = packed[name]
@@ -262,7 +293,12 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
         groups = np.pad(np.abs(w), ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
         largest = np.repeat(groups.max(axis=2), 32, axis=1)[:, : w.shape[1]]
         error = np.abs(decoded[name] - w)
-        most, mean = {"w4": (1 / 6, 0.12), "w6_planes": (1 / 28, 0.03)}.get(kind, (1 / 127, 0.01))
+        most, mean = {
+            "w4": (1 / 6, 0.12),
+            "w4_r": (1 / 6, 0.12),
+            "w5_r": (1 / 13, 0.06),
+            "w6_planes": (1 / 28, 0.03),
+        }.get(kind, (1 / 127, 0.01))
         assert np.all(error <= largest * most), name
         if most == 1 / 127:  # the search is not worse than rounding to steps of largest / 127
             assert np.mean(error**2) <= np.mean((0.51 / 127 * largest) ** 2), name
@@ -270,6 +306,8 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
     twin = Reference(exact.config, decoded, np.float64)
     monkeypatch.setattr(reference, "linear", lambda x, w: round_to_codes(x) @ w.T)
     want = twin.logits(tokens(40))
+    if shape == "rows of 128 and 256" and quant == "w4":
+        assert {"layers.0.mlp.up_proj.w4_r", "layers.1.self_attn.k_proj.w5_r"} <= packed.keys()
     for isa in ISAS:
         error = (logits(open_model(out, isa), tokens(40)) - want) / want.std()
         assert np.abs(error[:4]).max() < 1e-4, isa

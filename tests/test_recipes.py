@@ -96,7 +96,7 @@ def test_first_rule_that_matches(tmp_path, source):
     assert types["embed_tokens"] == "w6_k"
     assert types["layers.1.linear_attn.in_proj_a.weight"] == "BF16"
     # As in balanced.
-    assert types["layers.1.mlp.up_proj"] == "w4_k"
+    assert types["layers.1.mlp.up_proj"] == "w4_nl_r"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ A line is a pattern and a format; the first pattern that matches a matrix counts
     *.mlp.down_proj              w5_k
     *.linear_attn.in_proj_[ab]   keep
 
-Names are those of checkpoints without `model.language_model.` and `.weight`. Formats: w4, w4_nl,
-w4_k, w5_k, w6_k, w6_planes, w8, w8_planes, and keep for the checkpoint's own numbers. The ones that
-end in k take rows of a multiple of 256 columns; of several formats the first that fits is taken.
+Names are those of checkpoints without `model.language_model.` and `.weight`. Formats:
+w4_r, w4_nl_r, w5_r, w4_k, w5_k, w6_k, w4, w4_nl, w6_planes, w8, w8_planes, and keep for the
+checkpoint's own numbers. The ones that end in r take rows of a multiple of 128 columns, the ones
+that end in k of 256; of several formats the first that fits is taken.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
     from . import _native
 
 NAMES = ("balanced", "small", "fine", "best")
-FORMATS = ("keep", "w4", "w4_nl", "w4_k", "w5_k", "w6_k", "w6_planes", "w8", "w8_planes")
-_SUPER_BLOCK = 256
+FORMATS = (
+    *("keep", "w4_r", "w4_nl_r", "w5_r", "w4_k", "w5_k", "w6_k"),
+    *("w4", "w4_nl", "w6_planes", "w8", "w8_planes"),
+)
+_BLOCKS = {"r": 128, "k": 256}  # columns, by the end of a format's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +86,11 @@ def formats(rules: list[Rule], source: _native.Checkpoint) -> dict[str, str]:
         if rule is None:
             continue
         matched.add(rule.place)
-        fits = [f for f in rule.formats if not f.endswith("_k") or cols % _SUPER_BLOCK == 0]
+        blocks = [_BLOCKS.get(format.rpartition("_")[2], 1) for format in rule.formats]
+        fits = [f for f, block in zip(rule.formats, blocks, strict=True) if cols % block == 0]
         if not fits:
             raise FileError(
-                f"{rule.place}: {stem} has rows of {cols} columns, no multiple of {_SUPER_BLOCK}; "
+                f"{rule.place}: {stem} has rows of {cols} columns, no multiple of {min(blocks)}; "
                 "name another format after a |"
             )
         chosen[name] = fits[0]

@@ -266,8 +266,8 @@ fn chosen(formats: HashMap<String, String>) -> qdelta_core::Result<HashMap<Strin
     let storage = |(name, format): (String, String)| match Storage::named(&format) {
         Some(storage) => Ok((name, storage)),
         None => Err(Error::Argument(format!(
-            "format of `{name}` is `{format}`, expected keep, w4, w4_nl, w4_k, w5_k, w6_k, \
-             w6_planes, w8 or w8_planes"
+            "format of `{name}` is `{format}`, expected keep, w4_r, w4_nl_r, w5_r, w4_k, w5_k, \
+             w6_k, w4, w4_nl, w6_planes, w8 or w8_planes"
         ))),
     };
     formats.into_iter().map(storage).collect()

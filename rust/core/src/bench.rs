@@ -35,7 +35,7 @@ pub fn matmul(
     let rows = rows.next_multiple_of(PANEL_ROWS);
     let mut w = AlignedBuf::new(format.bytes(rows, cols));
     for (plane, bytes) in format.split(&mut w).into_iter().enumerate() {
-        random.fill_plane(format, plane, 0.02, bytes);
+        random.fill_plane((format, cols), plane, 0.02, bytes);
     }
     let mut x = vec![0.0; tokens * cols];
     random.fill(1.0, &mut x);

@@ -1,6 +1,7 @@
 //! Random numbers for synthetic weights and benchmarks.
 
-use crate::quant::{BlockType, Format, affine, k, two_planes, w4, w8};
+use crate::quant::row_scaled::UNIT_BYTES;
+use crate::quant::{BlockType, Format, affine, k, panel_bytes, two_planes, w4, w8};
 use crate::simd::LANES;
 use half::{bf16, f16};
 
@@ -28,8 +29,16 @@ impl Random {
         x.iter_mut().for_each(|x| *x = self.uniform(scale));
     }
 
-    /// Fills a plane of a matrix, or whole blocks of it, with weights of about -scale..scale.
-    pub fn fill_plane(&mut self, format: Format, plane: usize, scale: f32, bytes: &mut [u8]) {
+    /// Fills a plane of a matrix, or some of its panels, with weights of about -scale..scale.
+    ///
+    /// cols: of the matrix; bytes: whole panels, of other formats whole blocks or numbers.
+    pub fn fill_plane(
+        &mut self,
+        (format, cols): (Format, usize),
+        plane: usize,
+        scale: f32,
+        bytes: &mut [u8],
+    ) {
         match format {
             Format::Bf16 => bytes.as_chunks_mut().0.iter_mut().for_each(|x| {
                 *x = bf16::from_f32(self.uniform(scale)).to_le_bytes();
@@ -65,6 +74,19 @@ impl Random {
             Format::W5K => self.fill_blocks(k::W5K_BYTES, (4 * LANES, scale / 2048.0), bytes),
             Format::W6K => self.fill_blocks(k::W6K_BYTES, (2 * LANES, scale / 4096.0), bytes),
             Format::W4NlK => self.fill_blocks(k::W4NLK_BYTES, (2 * LANES, scale / 8192.0), bytes),
+            // Factors are random bytes, 64 in the mean of their sizes.
+            Format::W4R | Format::W4NlR | Format::W5R => {
+                let largest = match format {
+                    Format::W4R => 8.0,
+                    Format::W5R => 16.0,
+                    _ => 32.0,
+                };
+                let unit = (scale / (64.0 * largest)).to_le_bytes();
+                self.fill_codes(bytes);
+                for panel in bytes.chunks_exact_mut(panel_bytes(format, cols)) {
+                    panel[..UNIT_BYTES].as_chunks_mut().0.fill(unit);
+                }
+            }
             // Codes with an offset of the same size are nine and seventeen scales in the mean.
             Format::W4Affine => {
                 let first = affine::SCALE_BYTES;

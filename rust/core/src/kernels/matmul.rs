@@ -2,7 +2,7 @@
 //!
 //! For each output the order of operations is fixed: packed formats take groups of 32 columns in
 //! order, with an exact integer dot product, one conversion, one multiplication and one addition
-//! each; float formats add 16 lanes in column order and then the lanes. It depends neither on the
+//! each, and the unit of a row, where it has one, in the end; float formats add 16 lanes in column order and then the lanes. It depends neither on the
 //! number of tokens nor on how the work is cut, so prefill and decode agree to the bit.
 
 use super::outputs::Outputs;
@@ -64,6 +64,7 @@ impl<P: Packed> PackedProduct<'_, P> {
                     P::add(s, block, g, x.get(g), &mut acc);
                 }
             }
+            P::end(s, panel, &mut acc);
             for m in 0..M {
                 self.y.put(s, m, p * PANEL_ROWS, acc[m]);
             }

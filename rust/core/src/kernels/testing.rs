@@ -1,6 +1,5 @@
 //! What the tests of kernels share.
 
-use crate::quant::k::SUPER;
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::{
     BlockType, Format, PANEL_ROWS, decode_row, encode_panel_on, panel_bytes, planes,
@@ -34,8 +33,9 @@ impl Made {
     /// About `cols` columns, as many as the format takes.
     pub fn cols(self, cols: usize) -> usize {
         match self {
-            Made::Encoded(format) if format.takes_cols(cols) => cols,
-            Made::Encoded(_) => cols.next_multiple_of(SUPER),
+            Made::Encoded(format) => {
+                (cols..).find(|cols| format.takes_cols(*cols)).expect("a multiple of 256")
+            }
             Made::Reordered(block) => cols.next_multiple_of(block.cols()),
         }
     }

@@ -87,11 +87,10 @@ impl Stored {
     /// dtype: as config.json states it. Where that says FP8, the large matrices of the layers are.
     pub fn of_release(config: &Config, quant: Quant, dtype: Dtype) -> Result<Stored> {
         let large = |role| {
-            use Role::{AttentionOutput, KeyValue, LinearInput, LinearOutput, Mlp, MlpUp, Query};
-            matches!(
-                role,
-                Mlp | MlpUp | LinearInput | LinearOutput | Query | AttentionOutput | KeyValue
-            )
+            use Role::{AttentionOutput, KeyValue, LinearInput, LinearOutput, Query};
+            let attention = matches!(role, Query | KeyValue | AttentionOutput);
+            let mlp = matches!(role, Role::MlpGate | Role::MlpUp | Role::MlpDown);
+            attention || mlp || matches!(role, LinearInput | LinearOutput)
         };
         Stored::converted(config, quant, |spec| match config.fp8 && large(spec.role) {
             true => Dtype::Fp8,

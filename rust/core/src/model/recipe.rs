@@ -109,21 +109,23 @@ const FEW_ROWS: Format = Format::Blocks(BlockType::Q8_0);
 /// write strength are a thousandth of the weights. In W4 and W8 embedding and head are in two
 /// planes, so that rows can be screened with one of them.
 fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
-    use Format::{W4, W4K, W4Nl, W5K, W6K, W6Planes, W8, W8Planes};
+    use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5R, W6K, W6Planes, W8, W8Planes};
     let attention = matches!(role, Role::Query | Role::AttentionOutput);
-    let narrow = attention || matches!(role, Role::Mlp | Role::MlpUp | Role::LinearInput);
+    let mlp = matches!(role, Role::MlpGate | Role::MlpUp | Role::MlpDown);
+    let narrow = attention || mlp || role == Role::LinearInput;
     let vocabulary = matches!(role, Role::Embedding | Role::Head);
     let formats: &[Format] = match (quant, role) {
         (_, Role::Vision) => return Storage::AsIs,
         (_, Role::LinearGate) => &[W8],
         (_, Role::Small) => return Storage::F32,
-        (Quant::Small, _) if narrow => &[W4Nl],
-        (Quant::Small, _) => &[W5K, W4Nl],
+        (Quant::Small, _) if narrow => &[W4NlR, W4Nl],
+        (Quant::Small, _) if vocabulary => &[W5K, W4Nl],
+        (Quant::Small, _) => &[W5R, W4Nl],
         (Quant::Balanced | Quant::Custom, role) => match role {
-            Role::LinearInput | Role::KeyValue => &[W5K, W8],
+            Role::MlpDown | Role::LinearInput | Role::KeyValue => &[W5R, W8],
             Role::LinearOutput | Role::MtpInput => &[W6K, W8],
             _ if vocabulary => &[W5K, W8Planes],
-            _ => &[W4K, W4Nl],
+            _ => &[W4NlR, W4Nl],
         },
         (Quant::Fine, role) => match role {
             Role::MlpUp | Role::Query => &[W4K, W8],
@@ -133,8 +135,8 @@ fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
         },
         (Quant::Best, _) if narrow => &[W6K, W8],
         (Quant::Best, _) if vocabulary => &[W6K, W8Planes],
-        (Quant::W4, _) if narrow => &[W4],
-        (Quant::W4, Role::KeyValue) => &[W5K, W6Planes],
+        (Quant::W4, _) if narrow => &[W4R, W4],
+        (Quant::W4, Role::KeyValue) => &[W5R, W6Planes],
         (Quant::W4, Role::LinearOutput | Role::MtpInput) => &[W6K, W6Planes],
         (Quant::W4, _) => &[W6Planes],
         _ if vocabulary => &[W8Planes],
@@ -171,7 +173,9 @@ mod tests {
     #[test]
     fn formats_by_role() {
         for (spec, name, shape) in [
-            (spec("up_proj", [3584, 1024], Role::Mlp), "up_proj.w4", [3584 / 16, 1024 / 64 * 576]),
+            (spec("up_proj", [3584, 1024], Role::MlpUp), "up_proj.w4_r", [224, 64 + 8 * 1088]),
+            (spec("up_proj", [3584, 192], Role::MlpUp), "up_proj.w4", [224, 3 * 576]),
+            (spec("k_proj", [64, 256], Role::KeyValue), "k_proj.w5_r", [4, 64 + 2 * 1344]),
             (spec("out_proj", [100, 70], Role::LinearOutput), "out_proj.w6_planes", [7, 2 * 832]),
             (spec("in_proj_a", [16, 1024], Role::LinearGate), "in_proj_a.w8", [1, 16 * 1088]),
             (spec("in_proj_a", [8, 1024], Role::LinearGate), "in_proj_a.q8_0", [8, 32 * 34]),
@@ -185,21 +189,23 @@ mod tests {
     #[test]
     fn rows_that_a_format_does_not_take_get_another() {
         for (quant, cols, format) in [
-            (Quant::Balanced, 256, "w4_k"),
-            (Quant::Balanced, 128, "w4_nl"),
+            (Quant::Balanced, 128, "w4_nl_r"),
+            (Quant::Balanced, 64, "w4_nl"),
+            (Quant::Fine, 256, "w4_k"),
+            (Quant::Fine, 128, "w8"),
             (Quant::Best, 512, "w6_k"),
             (Quant::Best, 70, "w8"),
             (Quant::Small, 70, "w4_nl"),
         ] {
-            let spec = spec("up", [16, cols], Role::Mlp);
+            let spec = spec("up", [16, cols], Role::MlpUp);
             assert_eq!(stored(quant, &spec, Dtype::Bf16).0, format!("up.{format}"));
         }
     }
 
     #[test]
     fn fp8_is_rounded_as_floats_are_and_never_kept() {
-        let up = spec("up", [256, 256], Role::Mlp);
-        assert_eq!(stored(Quant::Balanced, &up, Dtype::Fp8).0, "up.w4_k");
+        let up = spec("up", [256, 256], Role::MlpUp);
+        assert_eq!(stored(Quant::Balanced, &up, Dtype::Fp8).0, "up.w4_nl_r");
         let kept = HashMap::from([("up.weight".to_owned(), Storage::AsIs)]);
         assert_eq!(storage(Quant::W8, &kept, &up, Dtype::Fp8).unwrap(), Storage::F32);
         assert_eq!(storage(Quant::None, &HashMap::new(), &up, Dtype::Fp8).unwrap(), Storage::AsIs);
@@ -207,7 +213,7 @@ mod tests {
 
     #[test]
     fn blocks_keep_their_numbers() {
-        let up = spec("up", [40, 512], Role::Mlp);
+        let up = spec("up", [40, 512], Role::MlpUp);
         let head = spec("head", [40, 512], Role::Head);
         for (spec, block, name, shape) in [
             (&up, BlockType::Q4_0, "up.w4", [3, 8 * 576]),

@@ -65,7 +65,7 @@ fn random_tensor(spec: &TensorSpec, storage: Storage, seed: u64) -> Result<Tenso
         bytes.par_chunks_mut((PART_BYTES / unit).max(1) * unit).enumerate().for_each(
             |(part, bytes)| {
                 let mut random = Random::new(seed.wrapping_add(part as u64));
-                random.fill_plane(format, plane, scale, bytes);
+                random.fill_plane((format, cols), plane, scale, bytes);
             },
         );
     }
@@ -92,7 +92,7 @@ mod tests {
         let (rows, cols) = (512, 2048);
         for format in Format::PACKED {
             let shape = vec![rows, cols];
-            let spec = TensorSpec { name: "up.weight".into(), shape, role: Role::Mlp };
+            let spec = TensorSpec { name: "up.weight".into(), shape, role: Role::MlpUp };
             let matrix = random_tensor(&spec, Storage::Coded(format), 1).expect("small");
             let mut row = vec![0.0; cols];
             for r in 0..rows {

@@ -12,9 +12,9 @@ pub enum Role {
     /// embed_tokens, which is the head too if the model is tied.
     Embedding,
     Head,
-    /// gate_proj, down_proj.
-    Mlp,
+    MlpGate,
     MlpUp,
+    MlpDown,
     /// in_proj_qkv, in_proj_z.
     LinearInput,
     /// in_proj_a, in_proj_b: decay and write strength.
@@ -109,9 +109,9 @@ fn layer_tensors(config: &Config, layer: LayerType, prefix: &str, out: &mut Vec<
     }
     let ff = config.intermediate_size;
     add("post_attention_layernorm.weight", &[d], Role::Small);
-    add("mlp.gate_proj.weight", &[ff, d], Role::Mlp);
+    add("mlp.gate_proj.weight", &[ff, d], Role::MlpGate);
     add("mlp.up_proj.weight", &[ff, d], Role::MlpUp);
-    add("mlp.down_proj.weight", &[d, ff], Role::Mlp);
+    add("mlp.down_proj.weight", &[d, ff], Role::MlpDown);
 }
 
 /// Tensors of the module that predicts the token after the next; none if the config has none.

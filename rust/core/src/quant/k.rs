@@ -124,6 +124,18 @@ pub(super) fn add_five_bits<S: Isa, const M: usize>(
     s.add_five_bits_group(plane, steps, x.codes, (scales, x.scales), acc);
 }
 
+/// Puts a group's codes of five bits in their order.
+pub(super) fn put_five_bits(codes: &[[u8; LANES]; GROUP], out: &mut [u8]) {
+    let (plane, nibbles) = out.split_at_mut(STEP);
+    put_nibbles(codes, nibbles.as_chunks_mut().0);
+    plane.fill(0);
+    for (col, codes) in codes.iter().enumerate() {
+        for (row, code) in codes.iter().enumerate() {
+            plane[4 * row + col % 4] |= (code >> 4) << (col / 4);
+        }
+    }
+}
+
 /// A code of five bits among those of its group.
 pub(super) fn five_bit_code(codes: &[u8], row: usize, col: usize) -> u8 {
     let (plane, nibbles) = codes.split_at(STEP);
@@ -267,7 +279,7 @@ impl Packed for W2K {
         for m in 0..M {
             // Both are exact: integers below 2^24; b0 half + b1 (sum - half), negative, is the latter.
             let dot = s.fma(a1, s.to_f32(second[m]), s.mul(a0, s.to_f32(first[m])));
-            let half = s.splat(x.starts_at_32(0)[m] as f32);
+            let half = s.splat(x.starts_of_half(0)[m] as f32);
             let sum = s.splat(x.starts_at_8()[m] as f32);
             let minus = s.fma(step, half, s.mul(rest, sum));
             let product = s.fma(d, dot, s.mul(m_unit, minus));
@@ -353,7 +365,7 @@ impl Packed for W6K {
             ($half:literal) => {
                 let [plane, w @ ..] = &steps[$half];
                 let scales = (s.mul(d, s.load_i8(&a[2 * g + $half])), x.scales);
-                let starts = x.starts_at_32($half);
+                let starts = x.starts_of_half($half);
                 s.add_six_bits_half(plane, w, &halves[$half], starts, scales, acc);
             };
         }
@@ -387,14 +399,7 @@ impl Encode for W5K {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
         let put = |g: usize, codes: &[[u8; LANES]; GROUP], block: &mut [u8]| {
-            let (plane, nibbles) = block[AFFINE + g * FIVE_BITS..].split_at_mut(STEP);
-            put_nibbles(codes, &mut nibbles.as_chunks_mut().0[..GROUP_STEPS / 2]);
-            plane.fill(0);
-            for (col, codes) in codes.iter().enumerate() {
-                for (row, code) in codes.iter().enumerate() {
-                    plane[4 * row + col % 4] |= (code >> 4) << (col / 4);
-                }
-            }
+            put_five_bits(codes, &mut block[AFFINE + g * FIVE_BITS..][..FIVE_BITS]);
         };
         encode_affine(s, 31.0, w, importance, block, put);
     }

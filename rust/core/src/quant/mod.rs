@@ -4,8 +4,8 @@
 //! blocks of GGUF files ([`ggml`]). The formats that kernels multiply with cut a matrix into panels of 16
 //! output rows, so that one vector holds one value of each row and no product needs a horizontal
 //! sum. The columns of a panel are cut into groups of 32, and some groups make a block: two in
-//! [`w4`], [`w8`], [`w4_nl`] and [`w4_mx`], one in the formats of [`affine`], eight in those of
-//! [`k`]. Rows are padded to a whole panel and columns to a whole block, with codes that mean zero.
+//! [`w4`], [`w8`], [`w4_nl`] and [`w4_mx`], one in the formats of [`affine`], four in those of
+//! [`row_scaled`], eight in those of [`k`]. Rows are padded to a whole panel and columns to a whole block, with codes that mean zero.
 //! The formats of [`two_planes`] keep high and low bits of their codes apart. [`reorder`] makes panels
 //! of a GGUF file's blocks.
 
@@ -15,6 +15,7 @@ pub mod fp8;
 pub mod ggml;
 pub mod k;
 pub mod reorder;
+pub mod row_scaled;
 mod search;
 pub mod two_planes;
 pub mod w4;
@@ -30,6 +31,7 @@ use std::ops::Range;
 use std::str::FromStr;
 
 pub use ggml::BlockType;
+use row_scaled::{EncodeRows, W4NlR, W4R, W5R};
 use two_planes::Planes;
 
 /// Output rows of a panel.
@@ -123,12 +125,15 @@ pub enum Format {
     W4K,
     W5K,
     W6K,
+    W4R,
+    W4NlR,
+    W5R,
     /// Rows of blocks as a GGUF file has them.
     Blocks(BlockType),
 }
 
 impl Format {
-    pub const PACKED: [Format; 13] = [
+    pub const PACKED: [Format; 16] = [
         Format::W8,
         Format::W8Planes,
         Format::W6Planes,
@@ -142,6 +147,9 @@ impl Format {
         Format::W4K,
         Format::W5K,
         Format::W6K,
+        Format::W4R,
+        Format::W4NlR,
+        Format::W5R,
     ];
 
     /// Whether the matrix is in panels of quantised blocks.
@@ -178,6 +186,9 @@ impl Format {
             Format::W4K => "w4_k",
             Format::W5K => "w5_k",
             Format::W6K => "w6_k",
+            Format::W4R => "w4_r",
+            Format::W4NlR => "w4_nl_r",
+            Format::W5R => "w5_r",
             Format::Blocks(block) => block.format_name(),
         }
     }
@@ -200,6 +211,9 @@ impl Format {
         match self {
             Format::W4NlK | Format::W2K | Format::W4K | Format::W5K | Format::W6K => {
                 cols.is_multiple_of(k::SUPER)
+            }
+            Format::W4R | Format::W4NlR | Format::W5R => {
+                cols.is_multiple_of(row_scaled::BLOCK_COLS)
             }
             Format::Blocks(block) => cols.is_multiple_of(block.cols()),
             _ => true,
@@ -228,9 +242,9 @@ impl Format {
 }
 
 /// What the dot products of a group begin with, so that a code of weights may stand for itself less a
-/// zero: -zero times the sum of the token's codes. Of the whole group for zeros of 8 and 128, of its
-/// two halves for 32.
-pub const START_ZEROS: [i32; 4] = [8, 128, 32, 32];
+/// zero: -zero times the sum of the token's codes. Of the whole group for zeros of 8, 128 and 32, then of
+/// its two halves for 32.
+pub const START_ZEROS: [i32; 5] = [8, 128, 32, 32, 32];
 
 /// Int8 activations of a group of columns for M tokens, tokens innermost.
 #[derive(Clone, Copy)]
@@ -257,10 +271,16 @@ impl<const M: usize> Group<'_, M> {
         &self.starts[1]
     }
 
+    /// -32 times the sum of each token's codes.
+    #[inline(always)]
+    fn starts_at_32(&self) -> &[i32; M] {
+        &self.starts[2]
+    }
+
     /// -32 times the sum of each token's codes in one half of the columns.
     #[inline(always)]
-    fn starts_at_32(&self, half: usize) -> &[i32; M] {
-        &self.starts[2 + half]
+    fn starts_of_half(&self, half: usize) -> &[i32; M] {
+        &self.starts[3 + half]
     }
 }
 
@@ -270,6 +290,8 @@ pub trait Packed {
     type Block: AsRef<[u8]> + 'static;
     /// Groups of a block.
     const GROUPS: usize;
+    /// Bytes of a panel before its blocks.
+    const HEAD_BYTES: usize = 0;
 
     /// Cuts the bytes of a panel into blocks.
     fn blocks(panel: &[u8]) -> &[Self::Block];
@@ -287,8 +309,17 @@ pub trait Packed {
         acc: &mut [S::F; M],
     );
 
-    /// The value of a code.
+    /// What is left to do with the sums over all blocks of a panel: the rows' units.
+    #[inline(always)]
+    fn end<S: Isa, const M: usize>(_: S, _panel: &[u8], _acc: &mut [S::F; M]) {}
+
+    /// The value of a code, in units of its row.
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32;
+
+    /// The unit of a row.
+    fn unit(_panel: &[u8], _row: usize) -> f32 {
+        1.0
+    }
 }
 
 /// A format of quantised panels that numbers can be rounded to.
@@ -334,7 +365,8 @@ fn add_half<S: Isa, const M: usize>(
 macro_rules! with_packed {
     ($format:expr, $p:ident => $body:expr) => {
         with_packed!(@ $format, $p => $body; W8 w8, W4 w4, W4Nl w4_nl, W4Mx w4_mx,
-            W4Affine affine, W5Affine affine, W4NlK k, W2K k, W4K k, W5K k, W6K k)
+            W4Affine affine, W5Affine affine, W4NlK k, W2K k, W4K k, W5K k, W6K k,
+            W4R row_scaled, W4NlR row_scaled, W5R row_scaled)
     };
     (@ $format:expr, $p:ident => $body:expr; $($name:ident $module:ident),*) => {
         match $format {
@@ -372,7 +404,7 @@ pub fn panel_bytes(format: Format, cols: usize) -> usize {
         return cols.div_ceil(BLOCK) * two_planes::block_bytes(format);
     }
     with_packed!(format, P => {
-        cols.div_ceil(P::GROUPS * GROUP) * size_of::<<P as Packed>::Block>()
+        P::HEAD_BYTES + cols.div_ceil(P::GROUPS * GROUP) * size_of::<<P as Packed>::Block>()
     })
 }
 
@@ -423,6 +455,9 @@ pub fn encode_panel_on(
         Format::W5K => cpu.run(EncodePanel::<k::W5K>::new(rows, out)),
         Format::W6K => cpu.run(EncodePanel::<k::W6K>::new(rows, out)),
         Format::W8 => cpu.run(EncodePanel::<w8::W8>::new(rows, out)),
+        Format::W4R => cpu.run(EncodeRows::<W4R> { rows, out, format: PhantomData }),
+        Format::W4NlR => cpu.run(EncodeRows::<W4NlR> { rows, out, format: PhantomData }),
+        Format::W5R => cpu.run(EncodeRows::<W5R> { rows, out, format: PhantomData }),
         Format::W6Planes => cpu.run(two_planes::EncodeSixBits { rows, out }),
         _ => panic!("{} is not encoded from floats", format.name()),
     }
@@ -496,9 +531,10 @@ pub fn decode_row(format: Format, matrix: &[u8], cols: usize, row: usize, out: &
 }
 
 fn decode_panel_row<P: Packed>(panel: &[u8], row: usize, out: &mut [f32]) {
+    let unit = P::unit(panel, row);
     for (block, out) in P::blocks(panel).iter().zip(out.chunks_mut(P::GROUPS * GROUP)) {
         for (col, out) in out.iter_mut().enumerate() {
-            *out = P::decode(block, row, col);
+            *out = unit * P::decode(block, row, col);
         }
     }
 }
@@ -536,9 +572,16 @@ mod tests {
         let (rows, cols) = (16, 1024);
         let w = weights(rows * cols, 30);
         for cpu in Cpu::all() {
-            use Format::{W4, W4K, W4Nl, W5K, W6K, W6Planes, W8};
+            use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5R, W6K, W6Planes, W8};
             let formats = [W4, W4Nl, W4K, W5K, W6Planes, W6K, W8];
             let errors = formats.map(|format| error(cpu, format, &w, cols, None));
+            // A unit for a whole row costs nothing.
+            for (by_row, group) in [(W4R, W4), (W4NlR, W4Nl)] {
+                let [by_row, group] =
+                    [by_row, group].map(|format| error(cpu, format, &w, cols, None));
+                assert!(by_row < 1.02 * group, "{cpu:?} {by_row} {group}");
+            }
+            assert!(error(cpu, W5R, &w, cols, None) < 0.55 * error(cpu, W4R, &w, cols, None));
             // A step of s leaves s / sqrt(12). Extremes of 32 such weights are 2.3 deviations away.
             for (format, (error, steps)) in
                 formats.iter().zip(errors.into_iter().zip([7.5, 7.5, 7.5, 15.5, 31.5, 31.5, 127.0]))
@@ -556,8 +599,8 @@ mod tests {
         let (rows, cols) = (16, 512);
         let w = weights(rows * cols, 33);
         let importance: Vec<f32> = random(cols, 36).iter().map(|x| (4.0 * x).exp()).collect();
-        use Format::{W4, W4K, W4Nl, W5K, W6K, W6Planes};
-        for format in [W4, W4Nl, W4K, W5K, W6Planes, W6K] {
+        use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5R, W6K, W6Planes};
+        for format in [W4, W4R, W4Nl, W4NlR, W4K, W5R, W5K, W6Planes, W6K] {
             let weighted = |encoded: Option<&[f32]>| {
                 let mut panel = vec![0; panel_bytes(format, cols)];
                 encode_panel(format, &w, cols, encoded, &mut panel);

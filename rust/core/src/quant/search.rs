@@ -10,8 +10,8 @@
 //! With an offset m as well, w = d q - m, the best pair for fixed codes solves the two normal
 //! equations of sum(i (w - d q + m)^2).
 
-use super::w4_nl::TABLE;
 use crate::simd::{Isa, LANES};
+use std::marker::PhantomData;
 
 const CANDIDATES: i32 = 9;
 
@@ -41,17 +41,27 @@ impl<const MIN: i32, const MAX: i32> Codes for Integers<MIN, MAX> {
     }
 }
 
-/// The table of W4NL.
-pub struct Table;
+/// The entries of a table.
+pub struct Table<T>(PhantomData<T>);
 
-impl Codes for Table {
-    const EXTREME: f32 = TABLE[0] as f32;
+/// A table in ascending order, of which an extreme weight becomes the first entry.
+pub trait Entries {
+    const TABLE: [i8; 16];
+
+    /// The place of an entry: as many are below it.
+    fn place(entry: f32) -> u8 {
+        Self::TABLE.iter().filter(|other| f32::from(**other) < entry).count() as u8
+    }
+}
+
+impl<T: Entries> Codes for Table<T> {
+    const EXTREME: f32 = T::TABLE[0] as f32;
     const STEP: f32 = 0.1 / 8.0;
 
     #[inline(always)]
     fn nearest<S: Isa>(s: S, x: S::F) -> S::F {
-        let mut nearest = s.splat(f32::from(TABLE[0]));
-        for pair in TABLE.windows(2) {
+        let mut nearest = s.splat(f32::from(T::TABLE[0]));
+        for pair in T::TABLE.windows(2) {
             let [low, high] = [f32::from(pair[0]), f32::from(pair[1])];
             nearest = s.select_gt(x, s.splat(0.5 * (low + high)), s.splat(high), nearest);
         }

@@ -96,8 +96,7 @@ impl InPlanes for W6Planes {
         let planes: &[[u8; STEP]] = low.as_chunks().0;
         let mut dots = [s.splat_i32(0); M];
         for m in 0..M {
-            let first = s.splat_i32(x.starts_at_32(0)[m]);
-            dots[m] = s.add_i32(first, s.splat_i32(x.starts_at_32(1)[m]));
+            dots[m] = s.splat_i32(x.starts_at_32()[m]);
         }
         macro_rules! half {
             ($half:literal) => {

@@ -16,7 +16,7 @@ use crate::simd::{Isa, LANES};
 
 /// Twice the values of the codes, as the Microscaling specification (OCP, 2023) defines E2M1.
 pub const TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
-const BYTES: [u8; 16] = w4_nl::bytes(&TABLE);
+const BYTES: [u8; 16] = w4_nl::bytes(&TABLE, 128);
 
 pub struct W4Mx;
 

@@ -4,7 +4,7 @@
 //! A block is laid out as one of [`super::w4`]; weight = scale TABLE[code]. The table is finer
 //! around zero, where most weights are.
 
-use super::search::Table;
+use super::search::{Entries, Table};
 use super::w4::{self, SCALE_BYTES, W4};
 use super::{Encode, GROUP_STEPS, Group, Packed, STEP, add_scaled};
 use crate::simd::{Isa, LANES};
@@ -12,14 +12,14 @@ use crate::simd::{Isa, LANES};
 /// The values of the codes, as ggml defines them for IQ4_NL.
 pub const TABLE: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
-pub(super) const BYTES: [u8; 16] = bytes(&TABLE);
+pub(super) const BYTES: [u8; 16] = bytes(&TABLE, 128);
 
-/// A table as codes of a byte, which stand for themselves less 128.
-pub(super) const fn bytes(table: &[i8; 16]) -> [u8; 16] {
+/// A table as codes of a byte, which stand for themselves less `zero`.
+pub(super) const fn bytes(table: &[i8; 16], zero: i16) -> [u8; 16] {
     let mut bytes = [0; 16];
     let mut i = 0;
     while i < 16 {
-        bytes[i] = (table[i] as i16 + 128) as u8;
+        bytes[i] = (table[i] as i16 + zero) as u8;
         i += 1;
     }
     bytes
@@ -61,7 +61,7 @@ impl Packed for W4Nl {
 }
 
 /// Exact integer dot products of a group, whose codes are places in a table in the order of W4,
-/// with M tokens. table: as of [`bytes`].
+/// with M tokens. table: as of [`bytes`] with a zero of 128.
 #[inline(always)]
 pub(super) fn dots<S: Isa, const M: usize>(
     s: S,
@@ -85,11 +85,13 @@ pub(super) fn dots<S: Isa, const M: usize>(
     dots
 }
 
+impl Entries for W4Nl {
+    const TABLE: [i8; 16] = TABLE;
+}
+
 impl Encode for W4Nl {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
-        // The table is sorted, so its entries below a number count up to its place.
-        let code = |q: f32| TABLE.iter().filter(|entry| f32::from(**entry) < q).count() as u8;
-        w4::encode_groups::<S, Table>(s, w, importance, block, code);
+        w4::encode_groups::<S, Table<W4Nl>>(s, w, importance, block, W4Nl::place);
     }
 }

@@ -85,6 +85,14 @@ impl<const VNNI: bool> Avx2<VNNI> {
         op!([_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask)])
     }
 
+    /// `lookup` of eight rows.
+    #[inline(always)]
+    fn lookup_eight(self, table: &[u8; 16], nibbles: __m256i) -> __m256i {
+        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        op!(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles))
+    }
+
     /// `insert_bits` of eight rows.
     #[inline(always)]
     fn insert_in_eight<const SHIFT: i32, const MASK: u8>(
@@ -383,10 +391,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
     #[inline(always)]
     fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
-        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
-        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
-        let table = op!(_mm256_broadcastsi128_si256(table));
-        both!(_mm256_shuffle_epi8([table; 2], nibbles))
+        [self.lookup_eight(table, nibbles[0]), self.lookup_eight(table, nibbles[1])]
     }
     #[inline(always)]
     fn insert_bits<const SHIFT: i32, const MASK: u8>(
@@ -525,6 +530,28 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     // 16 bits hold two products of pairs of codes of six bits: 63 x 127 x 4.
+    #[inline(always)]
+    fn add_tabled_group<const M: usize>(
+        self,
+        table: &[u8; 16],
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        starts: &[i32; M],
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        if VNNI {
+            let dots = each_token::tabled(self, table, codes, x, starts);
+            return add_scaled(self, dots, scales, acc);
+        }
+        for half in 0..2 {
+            let w = self.steps_of_eight(codes, half).map(|w| self.lookup_eight(table, w));
+            for m in 0..M {
+                let dots = self.dots_of_eight::<8, 2, M>(w, x, starts[m], m);
+                acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
+            }
+        }
+    }
     #[inline(always)]
     fn add_six_bits_half<const M: usize>(
         self,

@@ -188,6 +188,19 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) {
         add_scaled(self, each_token::five_bits(self, plane, codes, x), scales, acc);
     }
+    /// As `add_nibbles_group` for codes that are places in a table of codes of six bits.
+    #[inline(always)]
+    fn add_tabled_group<const M: usize>(
+        self,
+        table: &[u8; 16],
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        starts: &[i32; M],
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        add_scaled(self, each_token::tabled(self, table, codes, x, starts), scales, acc);
+    }
     /// As `add_nibbles_group` for half a group of codes of six bits: bits 2t and 2t + 1 of `plane` are
     /// the highest of the codes of step t.
     #[inline(always)]
@@ -318,6 +331,30 @@ mod each_token {
         }
         // Bit t of the plane becomes bit 4.
         steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
+        acc
+    }
+
+    #[inline(always)]
+    pub fn tabled<S: Isa, const M: usize>(
+        s: S,
+        table: &[u8; 16],
+        codes: &[[u8; 4 * LANES]; 4],
+        x: &[[[i8; 4]; M]; 8],
+        starts: &[i32; M],
+    ) -> [S::I; M] {
+        let mut acc = [s.splat_i32(0); M];
+        for m in 0..M {
+            acc[m] = s.splat_i32(starts[m]);
+        }
+        for t in 0..4 {
+            let w = s.load_bytes(&codes[t]);
+            let low = s.lookup(table, s.low_nibbles(w));
+            let high = s.lookup(table, s.high_nibbles(w));
+            for m in 0..M {
+                acc[m] = s.dot_codes(acc[m], low, s.splat_bytes(x[2 * t][m]));
+                acc[m] = s.dot_codes(acc[m], high, s.splat_bytes(x[2 * t + 1][m]));
+            }
+        }
         acc
     }
 
