@@ -39,11 +39,14 @@ pub(crate) fn ask<S: Isa>(s: S, x: &[f32], bytes: usize) {
 #[inline(always)]
 fn ask_ahead<S: Isa>(s: S, bytes: &[u8], at: usize, size: usize, (part, parts): (usize, usize)) {
     const LINE: usize = 64;
-    let lines = size / LINE;
-    let mut line = part * lines / parts;
-    while line < (part + 1) * lines / parts {
-        s.prefetch(bytes, at + AHEAD + line * LINE);
-        line += 1;
+    // As many for each part, and one more for the first ones: loops of a known length are unrolled.
+    let (each, rest) = (size / LINE / parts, size / LINE % parts);
+    let first = at + AHEAD + (part * each + part.min(rest)) * LINE;
+    for line in 0..each {
+        s.prefetch(bytes, first + line * LINE);
+    }
+    if part < rest {
+        s.prefetch(bytes, first + each * LINE);
     }
 }
 
