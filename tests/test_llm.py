@@ -401,7 +401,7 @@ def test_import_is_light():
     code = "import sys, qdelta; print(*sorted(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
-    heavy = {"numpy", "tokenizers", "jinja2", "huggingface_hub", "asyncio", "rich", "click"}
+    heavy = {"numpy", "jinja2", "huggingface_hub", "asyncio", "rich", "click"}
     assert not loaded & (heavy | {"qdelta._native"})
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tokenizers
 
 import qdelta
 import real_tokenizer
@@ -55,6 +57,40 @@ def test_decode_takes_any_kind_of_integer(tokenizer):
     ids = tokenizer.encode("Hello world")
     assert tokenizer.decode(map(np.int64, ids)) == "Hello world"
     assert tokenizer.decode(np.array(ids, np.int32)) == "Hello world"
+
+
+def random_text(rng: random.Random) -> str:
+    """Letters, marks, signs and white space of a few scripts, whole words, long runs."""
+    kind = rng.choice(["any", "words", "runs"])
+    if kind == "words":
+        return " ".join(
+            rng.choices(["The", "naïve", "if(x){", "e\u0301te\u0301", "🏳️‍🌈", "世界"], k=40)
+        )
+    if kind == "runs":
+        units = rng.choices(
+            ["  ", "\n", "\r\n", "\t", "\u3000", "ab", "1", "!", "\u0301", "'s"], k=6
+        )
+        return "".join(unit * rng.randrange(1, 300) for unit in units)
+    ranges = [(32, 127), (0, 0x250), (0x300, 0x600), (0xE00, 0x1200), (0x3040, 0xA000)]
+    ranges += [(0xAC00, 0xD7A4), (0xF900, 0x10000), (0x1F300, 0x1FB00), (0x10000, 0x110000)]
+    low, high = rng.choice(ranges)
+    return "".join(chr(rng.randrange(low, high)) for _ in range(60))
+
+
+def test_ids_are_those_of_the_library(tokenizer):
+    library = tokenizers.Tokenizer.from_str(real_tokenizer.files()["tokenizer.json"].decode())
+    rng = random.Random(2)
+    texts = [random_text(rng) for _ in range(2000)]
+    for text, want in zip(texts, library.encode_batch_fast(texts), strict=True):
+        assert tokenizer.encode(text) == want.ids, text
+
+
+def test_threads_share_a_tokenizer(tokenizer):
+    texts = [chr(0x4E00 + n) * n + "Hello world " * 500 for n in range(16)]
+    want = [tokenizer.encode(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4):
+            assert list(pool.map(tokenizer.encode, texts)) == want
 
 
 @pytest.mark.parametrize("source", ["tokenizer", "rebuilt"])
@@ -289,11 +325,35 @@ def split_at(file: dict, pattern: str) -> None:
         (lambda t: t["pre_tokenizer"]["pretokenizers"].append({"type": "?"}), qdelta.FileError),
         (lambda t: split_at(t, "(["), qdelta.FileError),
         (lambda t: t["added_tokens"][0].update(lstrip=True), qdelta.UnsupportedError),
+        (lambda t: t["added_tokens"][0].update(id=7), qdelta.FileError),
+        (lambda t: t["added_tokens"][0].update(content="a"), qdelta.FileError),
+        (lambda t: t["added_tokens"][0].update(content=""), qdelta.FileError),
+        (lambda t: t["added_tokens"][0].update(id=2**31), qdelta.FileError),
+        (lambda t: t["added_tokens"].append({**t["added_tokens"][0], "content": "<|x|>"}),
+         qdelta.FileError),
+        (lambda t: t["model"]["vocab"].update(b=2**31), qdelta.FileError),
+        (lambda t: t["model"]["merges"].append(["a", "b", "c"]), qdelta.FileError),
+        (lambda t: t["model"]["merges"].append("a b c"), qdelta.FileError),
+        (lambda t: t.update(model={"type": "Unigram", "vocab": [["a", 0]]}),
+         qdelta.UnsupportedError),
+        (lambda t: t.update(version="2.0"), qdelta.UnsupportedError),
     ],
 )  # fmt: skip
 def test_other_kinds_of_tokenizer(tiny, change, error):
     with pytest.raises(error, match=r"tokenizer\.json"):
         qdelta.Tokenizer.from_files(changed(tiny, "tokenizer.json", change))
+
+
+def test_merges_of_older_files(tiny):
+    """Pairs in one text, with a space between them."""
+
+    def change(file):
+        file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
+        del file["model"]["type"]
+
+    older = qdelta.Tokenizer.from_files(changed(tiny, "tokenizer.json", change))
+    for case in CASES["text_cases"]:
+        assert older.encode(case["text"]) == qdelta.Tokenizer.from_files(tiny).encode(case["text"])
 
 
 def test_damaged_bytes(tiny):
@@ -327,6 +387,8 @@ def test_pattern_that_the_library_gives_up_on(tiny, capfd):
         ('["a"]', "", "an object expected"),
         ('{"a": 0, "b": 1, "ab": 2}', "a b c", "merges.txt:1: two tokens expected, found 3"),
         ('{"a": 0}', "a b", "not a usable tokenizer"),
+        ('{"a": 0}', "#version\na", "merges.txt:2: two tokens expected, found 1"),
+        ('{"a": 0', "", "vocab.json"),
     ],
 )
 def test_bad_vocab_and_merges(vocab, merges, message):

@@ -1,4 +1,4 @@
-"""The compiled core as Python sees it. It knows tokens and numbers, no text.
+"""The compiled core as Python sees it. It knows tokens and numbers; `Encoder` alone knows text.
 
 Everything here releases the interpreter lock while it works. Errors are the classes of
 `qdelta.errors`. int32 and float32 arrays must be contiguous; returned arrays are copies.
@@ -336,6 +336,40 @@ class Snapshot:
     def n_tokens(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+@final
+class Encoder:
+    """Text between added tokens to ids: NFC, splitting into words, byte-level BPE. Thread safe.
+
+    The interpreter lock is released for texts from 4096 bytes on.
+    """
+
+    @staticmethod
+    def from_tokenizer_json(content: bytes) -> tuple[Encoder, list[tuple[int, str, bool, bool]]]:
+        """The encoder and the added tokens of a tokenizer.json: (id, text, whether special,
+        whether matched exactly). Raises FileError, or UnsupportedError for another kind."""
+
+    @staticmethod
+    def from_vocab_and_merges(
+        vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str
+    ) -> Encoder:
+        """Merges by rank; `pattern` splits text. Raises FileError."""
+
+    def encode(self, text: str) -> list[int]:
+        """Raises FileError if the pattern of the file takes too many steps."""
+
+    @property
+    def size(self) -> int:
+        """The largest id + 1."""
+
+    def token(self, id: int) -> str | None:
+        """The token `id` as the file spells it, None if there is none."""
+
+    def tokens(self) -> dict[str, int]:
+        """Ids of all tokens."""
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of tokens that become one, by rank."""
 
 def instruction_sets() -> list[str]:
     """Instruction sets that this machine can run, best first."""

@@ -200,7 +200,7 @@ def metadata(
         )
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [_UNUSED] * vocab_size
-    for text, id in found.bpe.get_vocab(with_added_tokens=False).items():
+    for text, id in found.encoder.tokens().items():
         tokens[id], types[id] = text, _NORMAL
     for id, token in found.added.items():
         tokens[id], types[id] = token.text, _CONTROL if token.special else _USER_DEFINED
@@ -211,7 +211,7 @@ def metadata(
         ("tokenizer.ggml.pre", _PRE_TOKENIZERS[0]),
         ("tokenizer.ggml.tokens", tokens),
         ("tokenizer.ggml.token_type", types),
-        ("tokenizer.ggml.merges", _merges(found)),
+        ("tokenizer.ggml.merges", [" ".join(merge) for merge in found.encoder.merges()]),
         ("tokenizer.ggml.add_bos_token", False),
     ]
     ids = {text: id for id, text in enumerate(tokens)}
@@ -238,9 +238,3 @@ def _sampling(generation_config: Mapping[str, Any]) -> list[tuple[str, int | flo
             value = min(max(value, 0), 2**31 - 1) if name == "top_k" else float(value)
             entries.append((f"general.sampling.{key}", value))
     return entries
-
-
-def _merges(found: vocabulary.Vocabulary) -> list[str]:
-    """Merges in the order of their rank, "left right" each."""
-    merges = json.loads(found.bpe.to_str())["model"]["merges"]
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]

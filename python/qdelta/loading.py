@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import numbers
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from . import _native, planning, weights
+from . import _native, weights
 from .errors import ArgumentError
-from .llm import Model
 from .memory import parse_bytes
-from .options import canonical
 from .source import locate, tokenizer_files
+from .synonyms import canonical
 from .tokenizer import Tokenizer
 from .vocabulary import parse_json
+
+if TYPE_CHECKING:
+    from .llm import Model
 
 _SYNONYMS = {
     "context": "ctx",
@@ -129,6 +133,8 @@ def _load(
     }
     if memory_limit is not None:
         core["memory_limit"] = parse_bytes(memory_limit, "memory_limit")
+        from . import planning
+
         # Before weights are fetched and converted, which may take long.
         with planning.open_source(
             model, revision=revision, cache=cache or None, offline=offline
@@ -137,14 +143,42 @@ def _load(
     path = locate(model, revision=revision, offline=offline, cache=cache or None, progress=progress)
     checkpoint = weights.open_model(path, quant, cache, progress, threads=threads)
     files = tokenizer_files(path, checkpoint)
+    reading = _ReadingTokenizer(files)
+    reading.start()
+    # Imports numpy, half as long as the tokenizer takes.
+    from .llm import Model
+
     native = _native.Model(checkpoint, isa=isa, **core)
     return Model(
         native,
-        Tokenizer.from_files(files),
+        reading.result(),
         config=json.loads(checkpoint.config_json),
         generation_config=parse_json(files, "generation_config.json"),
         load_s=time.perf_counter() - started,
     )
+
+
+class _ReadingTokenizer(threading.Thread):
+    """Makes a tokenizer, most of the time without the interpreter lock."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        super().__init__(name="qdelta-tokenizer")
+        self._files = files
+        self._made: Tokenizer | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._made = Tokenizer.from_files(self._files)
+        except BaseException as error:  # raised where the result is asked for
+            self._error = error
+
+    def result(self) -> Tokenizer:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._made is not None
+        return self._made
 
 
 def _check_count(name: str, count: Any) -> None:

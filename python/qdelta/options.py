@@ -7,7 +7,6 @@ silently ignored is an answer that is silently wrong.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from .errors import ArgumentError
 from .sampling import Sampling
+from .synonyms import canonical
 
 if TYPE_CHECKING:
     from .chat import SystemPolicy
@@ -165,24 +165,6 @@ def parse(method: str, given: Mapping[str, Any], names: frozenset[str]) -> Optio
         system=values.get("system", "merge"),
         template_options=template_options,
     )
-
-
-def canonical(
-    method: str, given: Mapping[str, Any], names: frozenset[str], synonyms: Mapping[str, str]
-) -> dict[str, Any]:
-    """`given` under its canonical names. Raises TypeError for unknown and repeated ones."""
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        known = synonyms.get(name, name)
-        if known not in names:
-            spellings = [*names, *(word for word, name in synonyms.items() if name in names)]
-            near = difflib.get_close_matches(name, sorted(spellings), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{method}() got an unknown option {name!r}{hint}")
-        if known in values:
-            raise TypeError(f"{method}() got {known!r} twice, once under another name")
-        values[known] = value
-    return values
 
 
 def _thinking(values: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 # The splitting pattern walks back through a run of white space once; the library gives up, and
 # panics, beyond 10 million steps.
 _MAX_WHITE_SPACE = 5_000_000
-# Longer texts are worth the library's call that lets other Python threads run.
-_LONG_TEXT = 4096
 
 
 class Tokenizer:
@@ -65,7 +63,7 @@ class Tokenizer:
 
     def _set_up(self, files: Mapping[str, bytes]) -> None:
         known = vocabulary.build(files)
-        self._bpe = known.bpe
+        self._encoder = known.encoder
         self._ids_of_added = {token.text: token.id for token in known.added.values()}
         self._texts_of_added = {id: text for text, id in self._ids_of_added.items()}
         texts = sorted(self._ids_of_added, key=len, reverse=True)  # longest first
@@ -122,7 +120,7 @@ class Tokenizer:
         known = self._bytes.get(id)
         if known is not None:
             return known
-        text = self._bpe.id_to_token(id) if 0 <= id < self.vocab_size else None
+        text = self._encoder.token(id) if 0 <= id < self.vocab_size else None
         content = b"" if text is None else _bytes_of(text)
         if text is not None:
             self._bytes[id] = content
@@ -144,7 +142,7 @@ class Tokenizer:
 
     def _stored_text(self, id: int) -> str | None:
         """A token as the tokenizer's file spells it."""
-        return self._texts_of_added.get(id) or self._bpe.id_to_token(id)
+        return self._texts_of_added.get(id) or self._encoder.token(id)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -244,12 +242,7 @@ class Tokenizer:
                     f"text: a run of {longest} white space characters; "
                     f"at most {_MAX_WHITE_SPACE} are supported"
                 )
-        return vocabulary.library_call("tokenizer.json", lambda: self._library_ids(text))
-
-    def _library_ids(self, text: str) -> list[int]:
-        if len(text) < _LONG_TEXT:
-            return self._bpe.encode(text, add_special_tokens=False).ids
-        return self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self._encoder.encode(text)
 
 
 class TextDecoder:

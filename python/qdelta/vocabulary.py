@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .errors import FileAccessError, FileError, UnsupportedError
 
 if TYPE_CHECKING:
-    import tokenizers
+    from . import _native
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,8 +37,6 @@ PRE_TOKENIZER = (
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_T = TypeVar("_T")
-
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
@@ -53,7 +51,7 @@ class AddedToken:
 class Vocabulary:
     """A tokenizer as its files state it."""
 
-    bpe: tokenizers.Tokenizer  # NFC, splitting, BPE; knows no added tokens
+    encoder: _native.Encoder  # NFC, splitting, BPE; knows no added tokens
     added: dict[int, AddedToken]
     size: int  # largest id + 1
     chat_template: str | None
@@ -93,11 +91,17 @@ def build(files: Mapping[str, bytes]) -> Vocabulary:
     Raises FileError for damaged or missing files, UnsupportedError for a tokenizer of another
     kind than byte-level BPE with exactly matched added tokens.
     """
+    from . import _native
+
     config = parse_json(files, "tokenizer_config.json")
+    added: dict[int, AddedToken] = {}
     if "tokenizer.json" in files:
-        bpe, added = _from_tokenizer_json(files["tokenizer.json"])
+        encoder, stated = _native.Encoder.from_tokenizer_json(files["tokenizer.json"])
+        for id, text, special, exact in stated:
+            _check_exact("tokenizer.json", text, exact)
+            added[id] = AddedToken(id, text, special)
     elif "vocab.json" in files and "merges.txt" in files:
-        bpe, added = _from_vocab_and_merges(files, config), {}
+        encoder = _from_vocab_and_merges(files, config)
     else:
         raise FileError(
             "tokenizer.json: missing, and there are no vocab.json and merges.txt; the folder needs "
@@ -113,50 +117,20 @@ def build(files: Mapping[str, bytes]) -> Vocabulary:
     texts = [token.text for token in added.values()]
     if len(set(texts)) != len(texts):
         raise FileError("tokenizer_config.json: two added tokens share one text")
-    base = bpe.get_vocab_size(with_added_tokens=False)
-    if base and bpe.id_to_token(base - 1) is None:  # ids with gaps: count and largest id differ
-        base = 1 + max(bpe.get_vocab(with_added_tokens=False).values())
     return Vocabulary(
-        bpe=bpe,
+        encoder=encoder,
         added=added,
-        size=max([base, *(id + 1 for id in added)]),
+        size=max([encoder.size, *(id + 1 for id in added)]),
         chat_template=_chat_template(files, config),
         named_tokens=dict(_named_tokens(config)),
         config=config,
     )
 
 
-def _from_tokenizer_json(
-    content: bytes,
-) -> tuple[tokenizers.Tokenizer, dict[int, AddedToken]]:
-    import tokenizers
-
-    # From text the library reads it in 0.9 of the time that it takes from bytes.
-    full = library_call("tokenizer.json", lambda: tokenizers.Tokenizer.from_str(content.decode()))
-    if not isinstance(full.model, tokenizers.models.BPE):
-        raise UnsupportedError(
-            f"tokenizer.json: model type {type(full.model).__name__}, only BPE is supported"
-        )
-    if full.num_special_tokens_to_add(False):
-        raise UnsupportedError("tokenizer.json: post_processor adds tokens; none are expected")
-    added = {}
-    for id, token in full.get_added_tokens_decoder().items():
-        _check_exact("tokenizer.json", token.content, token.lstrip, token.rstrip, token.single_word)
-        added[id] = AddedToken(id, token.content, token.special)
-    # The model is shared, not copied; only the added tokens are left behind.
-    bpe = tokenizers.Tokenizer(full.model)
-    if full.normalizer is not None:
-        bpe.normalizer = full.normalizer
-    if full.pre_tokenizer is not None:
-        bpe.pre_tokenizer = full.pre_tokenizer
-    return bpe, added
-
-
 def _from_vocab_and_merges(
     files: Mapping[str, bytes], config: Mapping[str, Any]
-) -> tokenizers.Tokenizer:
-    import tokenizers
-    from tokenizers import models, normalizers, pre_tokenizers
+) -> _native.Encoder:
+    from . import _native
 
     vocab = parse_json(files, "vocab.json")
     for text, id in vocab.items():
@@ -175,29 +149,9 @@ def _from_vocab_and_merges(
             raise FileError(f"merges.txt:{number}: two tokens expected, found {found}")
     merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
     pattern = config.get("pretokenize_regex") or PRE_TOKENIZER
-
-    def assemble() -> tokenizers.Tokenizer:
-        bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-        bpe.normalizer = normalizers.NFC()
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        return bpe
-
-    return library_call("vocab.json, merges.txt", assemble)
-
-
-def library_call(file_name: str, call: Callable[[], _T]) -> _T:
-    """Run `call`; the library's plain exceptions, and its panics, become FileError."""
-    try:
-        return call()
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise FileError(f"{file_name}: not a usable tokenizer: {str(error)[:300]}") from error
-        raise
+    if not isinstance(pattern, str):
+        raise FileError("tokenizer_config.json: pretokenize_regex is no text")
+    return _native.Encoder.from_vocab_and_merges(vocab, merges, pattern)
 
 
 def _added_in_config(config: Mapping[str, Any]) -> Iterator[AddedToken]:
@@ -211,13 +165,13 @@ def _added_in_config(config: Mapping[str, Any]) -> Iterator[AddedToken]:
         if not usable or re.search("[\ud800-\udfff]", text):
             found = reprlib.repr(key)
             raise FileError(f"{file_name}: added_tokens_decoder entry {found} is malformed")
-        flags = [bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "single_word")]
-        _check_exact(file_name, text, *flags)
+        flags = [entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")]
+        _check_exact(file_name, text, not any(flags))
         yield AddedToken(int(key), text, bool(entry.get("special")))
 
 
-def _check_exact(file_name: str, text: str, lstrip: bool, rstrip: bool, single_word: bool) -> None:
-    if lstrip or rstrip or single_word:
+def _check_exact(file_name: str, text: str, exact: bool) -> None:
+    if not exact:
         raise UnsupportedError(
             f"{file_name}: added token {reprlib.repr(text)} sets lstrip, rstrip or single_word; "
             "only exact matching is supported"

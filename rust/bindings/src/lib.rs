@@ -6,6 +6,7 @@ mod checkpoint;
 mod error;
 mod model;
 mod session;
+mod tokenizer;
 
 use pyo3::prelude::*;
 
@@ -22,6 +23,8 @@ mod _native {
     use super::model::{MemoryPlan, Model, memory_plan};
     #[pymodule_export]
     use super::session::{Session, Snapshot};
+    #[pymodule_export]
+    use super::tokenizer::Encoder;
 
     /// Instruction sets that this machine can run, best first.
     #[pyfunction]
