@@ -1,7 +1,7 @@
 //! Kernels on their own, and what the machine could do at best.
 
 use crate::error::{Error, Result};
-use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead};
+use crate::kernels::delta_rule::{KeyQueries, MAX_CHUNK, MAX_TOKENS, PendingKeys, ValueHead};
 use crate::kernels::matmul;
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
@@ -90,6 +90,10 @@ pub fn delta_rule(cpu: Cpu, heads: usize, tokens: usize, repeats: usize) -> Dura
         y: vec![0.0; tokens * D],
         gates: vec![(-0.1, 0.5); tokens],
     };
+    // Once through the window, so that all memory has been written.
+    for _ in 0..MAX_CHUNK + 1 {
+        cpu.run(&mut step);
+    }
     let start = Instant::now();
     for _ in 0..repeats {
         cpu.run(&mut step);
@@ -113,6 +117,7 @@ impl Kernel for &mut Step {
         let mut next = KeyQueries::default();
         for (head, pending) in &mut self.heads {
             let d = self.v.len() / self.gates.len();
+            head.ask_isa(s);
             next.fill_isa(s, d, &self.q, &self.k, pending);
             let (v, y) = (Columns::all(&self.v, d), ColumnsMut::all(&mut self.y, d));
             head.step_isa(s, &next, pending, &self.gates, v, y);
