@@ -7,7 +7,7 @@
 
 use super::outputs::Outputs;
 use super::quantize::QuantTile;
-use super::{ask_ahead, load_some, planes, run_tile};
+use super::{Ask, ask_ahead, load_some, planes, run_tile};
 use crate::quant::float::{Bf16, F16, F32, Float};
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
@@ -17,25 +17,24 @@ use std::marker::PhantomData;
 /// Product of panels of a packed matrix with the tokens of a tile.
 ///
 /// panels: n panels of `cols` columns, in two planes a whole matrix; y: a row of up to 16 n for each
-/// token; ahead: whether to ask for the panels ahead of their use, because they are in no cache. Panics
-/// if the lengths disagree or the tile holds more tokens than the instruction set takes.
+/// token; ask: for the panels, if they are in no cache. Panics if the lengths disagree or the tile holds more tokens than the instruction set takes.
 pub fn packed(
     cpu: Cpu,
     format: Format,
     panels: &[u8],
     cols: usize,
     x: &QuantTile,
-    ahead: bool,
+    ask: Ask,
     y: Outputs<'_>,
 ) {
     let bytes = panel_bytes(format, cols);
     assert!(panels.len().is_multiple_of(bytes));
     y.check(x.tokens(), panels.len() / bytes);
     if format.is_in_planes() {
-        return planes::product(cpu, Planes::new(format, panels), cols, x, ahead, y);
+        return planes::product(cpu, Planes::new(format, panels), cols, x, ask, y);
     }
     with_packed!(format, P => {
-        cpu.run(PackedProduct::<P> { panels, bytes, x, ahead, y, format: PhantomData })
+        cpu.run(PackedProduct::<P> { panels, bytes, x, ask, y, format: PhantomData })
     });
 }
 
@@ -43,7 +42,7 @@ struct PackedProduct<'a, P> {
     panels: &'a [u8],
     bytes: usize,
     x: &'a QuantTile,
-    ahead: bool,
+    ask: Ask,
     y: Outputs<'a>,
     format: PhantomData<P>,
 }
@@ -58,9 +57,7 @@ impl<P: Packed> PackedProduct<'_, P> {
                 let size = size_of::<P::Block>();
                 let at = p * self.bytes + i * size;
                 for g in 0..P::GROUPS {
-                    if self.ahead {
-                        ask_ahead(s, self.panels, at, size, (g, P::GROUPS));
-                    }
+                    ask_ahead(s, self.ask, self.panels, at, size, (g, P::GROUPS));
                     P::add(s, block, g, x.get(g), &mut acc);
                 }
             }
@@ -220,7 +217,15 @@ mod tests {
                         tile.quantize(cpu, &x, cols);
                         let width = rows.next_multiple_of(PANEL_ROWS);
                         let mut y = vec![f32::NAN; tokens * width];
-                        packed(cpu, format, &bytes, cols, &tile, true, Outputs::of(&mut y, width));
+                        packed(
+                            cpu,
+                            format,
+                            &bytes,
+                            cols,
+                            &tile,
+                            Ask::Once,
+                            Outputs::of(&mut y, width),
+                        );
                         for t in 0..tokens {
                             let want: Vec<f64> = decoded
                                 .chunks_exact(cols)
@@ -266,11 +271,19 @@ mod tests {
                 tile.quantize(cpu, x, cols);
                 let mut together = vec![0.0; tokens * rows];
                 let out = Outputs::of(&mut together, rows);
-                packed(cpu, format, &bytes, cols, &tile, true, out);
+                packed(cpu, format, &bytes, cols, &tile, Ask::Once, out);
                 for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
                     tile.quantize(cpu, x, cols);
                     let mut alone = vec![0.0; rows];
-                    packed(cpu, format, &bytes, cols, &tile, false, Outputs::of(&mut alone, rows));
+                    packed(
+                        cpu,
+                        format,
+                        &bytes,
+                        cols,
+                        &tile,
+                        Ask::No,
+                        Outputs::of(&mut alone, rows),
+                    );
                     assert_eq!(alone, together, "{cpu:?} {made:?}");
                 }
                 // Where multiply-add is one rounding the bits do not depend on the CPU either.
@@ -326,8 +339,8 @@ mod tests {
                     let mut y = [(); 2].map(|_| vec![0.0; tokens * rows.next_multiple_of(16)]);
                     let [first, second] =
                         y.each_mut().map(|y| Outputs::of(y, rows.next_multiple_of(16)));
-                    packed(cpu, Format::W8, &whole, cols, &tile, true, first);
-                    packed(cpu, format, &planes, cols, &tile, true, second);
+                    packed(cpu, Format::W8, &whole, cols, &tile, Ask::Once, first);
+                    packed(cpu, format, &planes, cols, &tile, Ask::Once, second);
                     let what = format!("{cpu:?} {format:?} {rows}x{cols}, {tokens} tokens");
                     assert_eq!(y[0], y[1], "{what}");
                 }

@@ -16,7 +16,7 @@
 
 use super::outputs::Outputs;
 use super::quantize::QuantTile;
-use super::{ask_ahead, run_tile};
+use super::{Ask, ask_ahead, run_tile};
 use crate::quant::two_planes::{HIGH_BYTES, InPlanes, Planes};
 use crate::quant::{BLOCK, PANEL_ROWS, w4, with_planes};
 use crate::simd::{Cpu, Isa, Kernel};
@@ -24,33 +24,26 @@ use std::marker::PhantomData;
 
 /// Product of panels with the tokens of a tile.
 ///
-/// planes: n panels of `cols` columns; y, ahead: as for [`super::matmul::packed`].
+/// planes: n panels of `cols` columns; y, ask: as for [`super::matmul::packed`].
 /// Panics if the lengths disagree or the tile holds more tokens than the instruction set takes.
-pub fn product(
-    cpu: Cpu,
-    planes: Planes<'_>,
-    cols: usize,
-    x: &QuantTile,
-    ahead: bool,
-    y: Outputs<'_>,
-) {
+pub fn product(cpu: Cpu, planes: Planes<'_>, cols: usize, x: &QuantTile, ask: Ask, y: Outputs<'_>) {
     let blocks = blocks_of_a_panel(planes, cols);
     y.check(x.tokens(), planes.high.len() / blocks);
     with_planes!(planes.format, P => {
-        cpu.run(Product::<P> { planes, blocks, x, ahead, y, format: PhantomData })
+        cpu.run(Product::<P> { planes, blocks, x, ask, y, format: PhantomData })
     });
 }
 
 /// Estimates of a product with one token, and the variances of their errors.
 ///
-/// planes: n panels of `cols` columns; ahead: as for [`super::matmul::packed`]; estimates, variances:
+/// planes: n panels of `cols` columns; ask: as for [`super::matmul::packed`]; estimates, variances:
 /// [16 n].
 pub fn screen(
     cpu: Cpu,
     planes: Planes<'_>,
     cols: usize,
     x: &QuantTile,
-    ahead: bool,
+    ask: Ask,
     (estimates, variances): (&mut [f32], &mut [f32]),
 ) {
     let blocks = blocks_of_a_panel(planes, cols);
@@ -59,7 +52,7 @@ pub fn screen(
     assert_eq!(x.tokens(), 1);
     let low_bits = with_planes!(planes.format, P => P::LOW_BITS);
     let step = (1 << low_bits) as f32;
-    cpu.run(Screen { planes, step, blocks, x, ahead, estimates, variances });
+    cpu.run(Screen { planes, step, blocks, x, ask, estimates, variances });
 }
 
 fn blocks_of_a_panel(planes: Planes<'_>, cols: usize) -> usize {
@@ -74,7 +67,7 @@ struct Product<'a, P> {
     planes: Planes<'a>,
     blocks: usize,
     x: &'a QuantTile,
-    ahead: bool,
+    ask: Ask,
     y: Outputs<'a>,
     format: PhantomData<P>,
 }
@@ -92,10 +85,9 @@ impl<P: InPlanes> Product<'_, P> {
             for (i, (block, x)) in blocks.enumerate() {
                 let at = p * self.blocks + i;
                 for g in 0..2 {
-                    if self.ahead {
-                        ask_ahead(s, high.as_flattened(), at * HIGH_BYTES, HIGH_BYTES, (g, 2));
-                        ask_ahead(s, low, at * P::LOW_BYTES, P::LOW_BYTES, (g, 2));
-                    }
+                    let bytes = high.as_flattened();
+                    ask_ahead(s, self.ask, bytes, at * HIGH_BYTES, HIGH_BYTES, (g, 2));
+                    ask_ahead(s, self.ask, low, at * P::LOW_BYTES, P::LOW_BYTES, (g, 2));
                     P::add(s, block, g, x.get(g), &mut acc);
                 }
             }
@@ -120,7 +112,7 @@ struct Screen<'a> {
     step: f32,
     blocks: usize,
     x: &'a QuantTile,
-    ahead: bool,
+    ask: Ask,
     estimates: &'a mut [f32],
     variances: &'a mut [f32],
 }
@@ -143,9 +135,7 @@ impl Kernel for Screen<'_> {
             for (i, ((block, x), squares)) in blocks.enumerate() {
                 let at = (p * self.blocks + i) * HIGH_BYTES;
                 for g in 0..2 {
-                    if self.ahead {
-                        ask_ahead(s, high.as_flattened(), at, HIGH_BYTES, (g, 2));
-                    }
+                    ask_ahead(s, self.ask, high.as_flattened(), at, HIGH_BYTES, (g, 2));
                     let x = x.get(g);
                     let scales = w4::scales(s, block, g);
                     let [dots] = w4::dots(s, block, g, x);
@@ -201,7 +191,14 @@ mod tests {
                 tile.quantize(cpu, &x, cols);
                 let mut out = [[f32::NAN; PANEL_ROWS]; 2];
                 let [estimates, variances] = &mut out;
-                screen(cpu, Planes::new(format, &bytes), cols, &tile, true, (estimates, variances));
+                screen(
+                    cpu,
+                    Planes::new(format, &bytes),
+                    cols,
+                    &tile,
+                    Ask::Once,
+                    (estimates, variances),
+                );
 
                 // With the low bits just below and above the middle the mean of both products is the
                 // estimate.
@@ -251,9 +248,9 @@ mod tests {
                 let bytes = panel(cpu, format, &random(PANEL_ROWS * cols, 23 + p), cols);
                 let planes = Planes::new(format, &bytes);
                 let mut y = [0.0; PANEL_ROWS];
-                product(cpu, planes, cols, &tile, true, Outputs::of(&mut y, PANEL_ROWS));
+                product(cpu, planes, cols, &tile, Ask::Once, Outputs::of(&mut y, PANEL_ROWS));
                 let (mut estimates, mut variances) = ([0.0; PANEL_ROWS], [0.0; PANEL_ROWS]);
-                screen(cpu, planes, cols, &tile, true, (&mut estimates, &mut variances));
+                screen(cpu, planes, cols, &tile, Ask::Once, (&mut estimates, &mut variances));
                 for ((y, estimate), variance) in y.iter().zip(estimates).zip(variances) {
                     let sigmas = (y - estimate) / variance.sqrt();
                     sum += sigmas * sigmas;

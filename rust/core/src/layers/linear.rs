@@ -3,7 +3,7 @@
 use super::{Context, FEW_TOKENS};
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{activation, matmul, norm, planes};
+use crate::kernels::{Ask, activation, matmul, norm, planes};
 use crate::profile::Part;
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::two_planes::Planes;
@@ -182,11 +182,16 @@ impl Input {
         let cols = self.cols;
         let tile = || &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
         // The tiles take a chunk of weights in turn, and all but the first find it in a cache.
-        let ahead = tokens.start == 0 && (ctx.ahead || tokens.len() >= FEW_TOKENS);
+        let first = tokens.start == 0 && (ctx.ahead || tokens.len() >= FEW_TOKENS);
+        let ask = match (first, tokens.len() == self.tokens) {
+            (false, _) => Ask::No,
+            (true, true) => Ask::Once,
+            (true, false) => Ask::ToKeep,
+        };
         match *weights {
-            Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), ahead, y),
+            Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), ask, y),
             Weights::Panels { format, bytes } => {
-                matmul::packed(ctx.cpu, format, bytes, cols, tile(), ahead, y);
+                matmul::packed(ctx.cpu, format, bytes, cols, tile(), ask, y);
             }
             Weights::Rows { format, bytes } => {
                 let x = &self.rows[tokens.start * cols..tokens.end * cols];

@@ -454,6 +454,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
     }
+    #[inline(always)]
+    fn prefetch_once<T>(self, x: &[T], at: usize) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
+    }
 
     // Without VNNI eight rows at a time, whose codes stay in registers, with one token after the other:
     // with twelve tokens a Zen 5 core does 1.1 (four bits) to 1.3 times as much as with six tokens in

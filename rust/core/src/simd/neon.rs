@@ -528,6 +528,17 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
             );
         }
     }
+    #[inline(always)]
+    fn prefetch_once<T>(self, x: &[T], at: usize) {
+        // SAFETY: a prefetch never faults, whatever the address, and changes nothing.
+        unsafe {
+            asm!(
+                "prfm pldl1strm, [{}]",
+                in(reg) x.as_ptr().wrapping_add(at),
+                options(readonly, nostack, preserves_flags),
+            );
+        }
+    }
 
     #[inline(always)]
     fn dot_nibbles_group<const M: usize>(
@@ -744,6 +755,7 @@ mod tests {
                 nibbles = s.dot_nibbles(nibbles, codes, x);
                 bytes = s.dot_bytes(bytes, w, x);
                 s.prefetch(&self.0[t], 1 << 40);
+                s.prefetch_once(&self.0[t], 1 << 40);
             }
             let mut y = [[0; LANES]; 2];
             s.store_i32(s.end_nibbles(nibbles, -77), &mut y[0]);

@@ -224,4 +224,6 @@ impl Isa for Portable {
     }
     #[inline(always)]
     fn prefetch<T>(self, _: &[T], _: usize) {}
+    #[inline(always)]
+    fn prefetch_once<T>(self, _: &[T], _: usize) {}
 }
