@@ -70,6 +70,8 @@ fn ask_ahead<S: Isa>(
             }
         }};
     }
+    // Decided for each part: what the parts have in common the compiler would move together, and then it
+    // reads the lines of several parts in turns, which the hardware does not follow.
     match ask {
         Ask::No => {}
         Ask::Once => lines!(prefetch_once),

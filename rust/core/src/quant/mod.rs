@@ -5,9 +5,9 @@
 //! output rows, so that one vector holds one value of each row and no product needs a horizontal
 //! sum. The columns of a panel are cut into groups of 32, and some groups make a block: two in
 //! [`w4`], [`w8`], [`w4_nl`] and [`w4_mx`], one in the formats of [`affine`], four in those of
-//! [`row_scaled`], eight in those of [`k`]. Rows are padded to a whole panel and columns to a whole block, with codes that mean zero.
-//! The formats of [`two_planes`] keep high and low bits of their codes apart. [`reorder`] makes panels
-//! of a GGUF file's blocks.
+//! [`row_scaled`], eight in those of [`k`]. Rows are padded to a whole panel and columns to a whole
+//! block, with codes that mean zero. The formats of [`two_planes`] keep high and low bits of their
+//! codes apart. [`reorder`] makes panels of a GGUF file's blocks.
 
 pub mod affine;
 pub mod float;
