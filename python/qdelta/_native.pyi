@@ -378,10 +378,20 @@ class kernels:  # a module
     """Kernels on their own, for measurements; seconds for `repeats` runs."""
 
     @staticmethod
-    def matmul(isa: str, format: str, rows: int, cols: int, tokens: int, repeats: int) -> float:
+    def matmul(
+        isa: str,
+        format: str,
+        rows: int,
+        cols: int,
+        tokens: int,
+        repeats: int,
+        ask: str = "l1",
+    ) -> float:
         """A random [rows, cols] matrix times `tokens` rows.
 
         format: bf16, f16, f32, or one of panels as docs/formats.md lists them, like w4_k.
+        ask: how weights in panels are asked for ahead of their use: no, into l1 or l2, or once, into
+        l1 alone.
         """
 
     @staticmethod

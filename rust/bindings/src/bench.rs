@@ -14,6 +14,8 @@ pub mod kernels {
     ///
     /// format: bf16, f16, f32, or one of panels, as w8, w6_planes or w4_k.
     #[pyfunction]
+    #[pyo3(signature = (isa, format, rows, cols, tokens, repeats, ask = "l1"))]
+    #[allow(clippy::too_many_arguments)]
     fn matmul(
         py: Python<'_>,
         isa: &str,
@@ -22,14 +24,16 @@ pub mod kernels {
         cols: usize,
         tokens: usize,
         repeats: usize,
+        ask: &str,
     ) -> PyResult<f64> {
         let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
         detached(py, || {
+            let ask = bench::ask_named(ask)?;
             let format = bench::format_named(format)?;
             if rows == 0 || cols == 0 || tokens == 0 {
                 return Err(Error::Argument("rows, cols and tokens are at least 1".into()));
             }
-            Ok(bench::matmul(cpu, format, rows, cols, tokens, repeats).as_secs_f64())
+            Ok(bench::matmul(cpu, format, (rows, cols), tokens, ask, repeats).as_secs_f64())
         })
     }
 

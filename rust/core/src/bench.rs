@@ -5,7 +5,7 @@ use crate::kernels::delta_rule::{KeyQueries, MAX_CHUNK, MAX_TOKENS, PendingKeys,
 use crate::kernels::matmul;
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{Ask, Columns, ColumnsMut};
+use crate::kernels::{Ask, Columns, ColumnsMut, ask_ahead};
 use crate::pool::Pool;
 use crate::quant::{Format, PANEL_ROWS};
 use crate::random::Random;
@@ -22,13 +22,25 @@ pub fn format_named(name: &str) -> Result<Format> {
     })
 }
 
-/// Time of `repeats` products of a random matrix with `tokens` rows.
+/// The way to ask for weights called `name`.
+pub fn ask_named(name: &str) -> Result<Ask> {
+    match name {
+        "no" => Ok(Ask::No),
+        "l1" => Ok(Ask::ToL1),
+        "l2" => Ok(Ask::ToL2),
+        "once" => Ok(Ask::Once),
+        _ => Err(Error::Argument(format!("ask is `{name}`, expected one of: no, l1, l2, once"))),
+    }
+}
+
+/// Time of `repeats` products of a random matrix with `tokens` rows. ask: for weights, with the first
+/// tile of tokens.
 pub fn matmul(
     cpu: Cpu,
     format: Format,
-    rows: usize,
-    cols: usize,
+    (rows, cols): (usize, usize),
     tokens: usize,
+    ask: Ask,
     repeats: usize,
 ) -> Duration {
     let mut random = Random::new(1);
@@ -64,11 +76,7 @@ pub fn matmul(
     for _ in 0..repeats {
         for (i, tile) in tiles.iter().enumerate() {
             let y = &mut y[..tile.tokens() * rows];
-            let ask = match (i, tiles.len()) {
-                (0, 1) => Ask::Once,
-                (0, _) => Ask::ToKeep,
-                _ => Ask::No,
-            };
+            let ask = if i == 0 { ask } else { Ask::No };
             matmul::packed(cpu, format, &w, cols, tile, ask, Outputs::of(y, rows));
             std::hint::black_box(y);
         }
@@ -171,9 +179,11 @@ pub fn limits(cpu: Cpu, threads: usize) -> Limits {
     let mut buffer = AlignedBuf::new(READ_BYTES);
     // Written, so that each page is its own and not the system's page of zeros.
     buffer.chunks_exact_mut(64).for_each(|line| line[0] = 1);
+    // What the hardware does by itself, and what a program asks for: the fastest way is the limit.
     let read = |pool: &Pool| {
-        let best = (0..5).map(|_| read_time(cpu, pool, &buffer)).min().unwrap_or(Duration::MAX);
-        READ_BYTES as f64 / best.as_secs_f64()
+        let ways = Ask::ALL.into_iter().cycle().take(5 * Ask::ALL.len());
+        let best = ways.map(|ask| read_time(cpu, pool, &buffer, ask)).min();
+        READ_BYTES as f64 / best.unwrap_or(Duration::MAX).as_secs_f64()
     };
     let peak = |kernel: &dyn Fn(usize) -> f64| {
         let rate = |_| {
@@ -192,7 +202,7 @@ pub fn limits(cpu: Cpu, threads: usize) -> Limits {
 
 const PEAK_ROUNDS: usize = 1 << 20;
 
-fn read_time(cpu: Cpu, pool: &Pool, buffer: &[u8]) -> Duration {
+fn read_time(cpu: Cpu, pool: &Pool, buffer: &[u8], ask: Ask) -> Duration {
     const PART: usize = 1 << 20;
     let parts = buffer.len() / PART;
     let start = Instant::now();
@@ -200,7 +210,7 @@ fn read_time(cpu: Cpu, pool: &Pool, buffer: &[u8]) -> Duration {
         parts,
         |_| (),
         |(), part| {
-            std::hint::black_box(cpu.run(Read { bytes: &buffer[part * PART..][..PART] }));
+            std::hint::black_box(cpu.run(Read { bytes: &buffer[part * PART..][..PART], ask }));
         },
     );
     start.elapsed()
@@ -208,6 +218,7 @@ fn read_time(cpu: Cpu, pool: &Pool, buffer: &[u8]) -> Duration {
 
 struct Read<'a> {
     bytes: &'a [u8],
+    ask: Ask,
 }
 
 impl Kernel for Read<'_> {
@@ -216,7 +227,9 @@ impl Kernel for Read<'_> {
     fn run<S: Isa>(self, s: S) -> f32 {
         let mut sums = [s.splat(0.0); 4];
         let lines: &[[u8; 4 * LANES]] = self.bytes.as_chunks().0;
-        for lines in lines.as_chunks::<4>().0 {
+        for (n, lines) in lines.as_chunks::<4>().0.iter().enumerate() {
+            let size = size_of_val(lines);
+            ask_ahead(s, self.ask, self.bytes, n * size, size, (0, 1));
             for i in 0..4 {
                 sums[i] = s.add(sums[i], s.load_f32(&lines[i]));
             }
@@ -225,24 +238,27 @@ impl Kernel for Read<'_> {
     }
 }
 
-/// As many independent sums as hide an instruction's latency and fit the registers.
-const SUMS: usize = 6;
-
 struct Int8Peak {
     rounds: usize,
 }
 
-impl Kernel for Int8Peak {
-    /// Operations done.
-    type Output = f64;
+/// Calls `$self.$sums::<S, n>` with as many independent sums as hide an instruction's latency on two ports
+/// and fit the registers. A vector of narrow registers is several sums by itself.
+macro_rules! with_sums {
+    ($self:ident.$sums:ident($s:ident, $isa:ident)) => {
+        if $isa::REGISTERS >= 32 { $self.$sums::<$isa, 12>($s) } else { $self.$sums::<$isa, 6>($s) }
+    };
+}
+
+impl Int8Peak {
     #[inline(always)]
-    fn run<S: Isa>(self, s: S) -> f64 {
+    fn sums<S: Isa, const N: usize>(&self, s: S) -> f64 {
         let codes = s.load_bytes(std::hint::black_box(&[1; 4 * LANES]));
         // Other factors in each product, so that none is taken out of the loop.
         let x: [[i8; 4]; 64] = std::hint::black_box(std::array::from_fn(|i| [i as i8; 4]));
-        let mut acc = [s.zero_nibbles(); SUMS];
+        let mut acc = [s.zero_nibbles(); N];
         for round in 0..self.rounds {
-            for i in 0..SUMS {
+            for i in 0..N {
                 let x = s.splat_bytes(x[(round + i) % x.len()]);
                 acc[i] = s.dot_nibbles(acc[i], codes, x);
             }
@@ -250,7 +266,16 @@ impl Kernel for Int8Peak {
         for acc in acc {
             std::hint::black_box(s.sum_i32(s.end_nibbles(acc, 0)));
         }
-        (self.rounds * SUMS * LANES * 4 * 2) as f64
+        (self.rounds * N * LANES * 4 * 2) as f64
+    }
+}
+
+impl Kernel for Int8Peak {
+    /// Operations done.
+    type Output = f64;
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) -> f64 {
+        with_sums!(self.sums(s, S))
     }
 }
 
@@ -258,23 +283,30 @@ struct F32Peak {
     rounds: usize,
 }
 
-impl Kernel for F32Peak {
-    /// Operations done.
-    type Output = f64;
+impl F32Peak {
     #[inline(always)]
-    fn run<S: Isa>(self, s: S) -> f64 {
+    fn sums<S: Isa, const N: usize>(&self, s: S) -> f64 {
         let a = s.splat(std::hint::black_box(1.0));
         let b = s.splat(std::hint::black_box(1e-9));
-        let mut acc = [a; SUMS];
+        let mut acc = [a; N];
         for _ in 0..self.rounds {
-            for i in 0..SUMS {
+            for i in 0..N {
                 acc[i] = s.fma(acc[i], a, b);
             }
         }
         for acc in acc {
             std::hint::black_box(s.sum(acc));
         }
-        (self.rounds * SUMS * LANES * 2) as f64
+        (self.rounds * N * LANES * 2) as f64
+    }
+}
+
+impl Kernel for F32Peak {
+    /// Operations done.
+    type Output = f64;
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) -> f64 {
+        with_sums!(self.sums(s, S))
     }
 }
 

@@ -274,17 +274,12 @@ mod tests {
                 packed(cpu, format, &bytes, cols, &tile, Ask::Once, out);
                 for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
                     tile.quantize(cpu, x, cols);
-                    let mut alone = vec![0.0; rows];
-                    packed(
-                        cpu,
-                        format,
-                        &bytes,
-                        cols,
-                        &tile,
-                        Ask::No,
-                        Outputs::of(&mut alone, rows),
-                    );
-                    assert_eq!(alone, together, "{cpu:?} {made:?}");
+                    for ask in Ask::ALL {
+                        let mut alone = vec![0.0; rows];
+                        let out = Outputs::of(&mut alone, rows);
+                        packed(cpu, format, &bytes, cols, &tile, ask, out);
+                        assert_eq!(alone, together, "{cpu:?} {made:?} {ask:?}");
+                    }
                 }
                 // Where multiply-add is one rounding the bits do not depend on the CPU either.
                 if cpu.name() != "portable" {

@@ -31,15 +31,22 @@ pub(crate) fn ask<S: Isa>(s: S, x: &[f32], bytes: usize) {
     }
 }
 
-/// Whether a product asks for its weights ahead of their use.
+/// How a product asks for its weights ahead of their use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Ask {
     No,
-    /// They are read once, and need no place in the larger caches. A Zen 5 reads them up to 1.2 times as
-    /// fast so, because nothing has to make room.
+    /// Into the first level of caches, and those behind it.
+    ToL1,
+    /// Into the second level. A core of a Granite Rapids keeps more requests there, and reads up to 1.2
+    /// times as fast.
+    ToL2,
+    /// Into the first level alone, for they are read once. A Zen 5 reads up to 1.2 times as fast so,
+    /// because nothing has to make room; a Granite Rapids half as fast.
     Once,
-    /// Other products follow with the same weights.
-    ToKeep,
+}
+
+impl Ask {
+    pub const ALL: [Ask; 4] = [Ask::No, Ask::ToL1, Ask::ToL2, Ask::Once];
 }
 
 /// Asks for a part of a block of `size` bytes, as long before its use as memory takes to answer.
@@ -48,7 +55,7 @@ pub enum Ask {
 /// a core keeps requests for. With one token a Zen 5 reads W4K, W5K and W6K at the rate of plain reading
 /// so, and at 0.9, 0.7 and 0.7 of it without.
 #[inline(always)]
-fn ask_ahead<S: Isa>(
+pub(crate) fn ask_ahead<S: Isa>(
     s: S,
     ask: Ask,
     bytes: &[u8],
@@ -74,8 +81,9 @@ fn ask_ahead<S: Isa>(
     // reads the lines of several parts in turns, which the hardware does not follow.
     match ask {
         Ask::No => {}
+        Ask::ToL1 => lines!(prefetch),
+        Ask::ToL2 => lines!(prefetch_l2),
         Ask::Once => lines!(prefetch_once),
-        Ask::ToKeep => lines!(prefetch),
     }
 }
 

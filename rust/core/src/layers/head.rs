@@ -11,7 +11,7 @@ use super::Context;
 use super::linear::{Input, Matrix, chunk_cols};
 use crate::error::{Error, Result};
 use crate::kernels::outputs::Outputs;
-use crate::kernels::{Ask, planes, select};
+use crate::kernels::{planes, select};
 use crate::quant::PANEL_ROWS;
 use crate::quant::two_planes::Planes;
 use std::str::FromStr;
@@ -183,8 +183,7 @@ fn estimate(ctx: Context<'_>, w: &Matrix, x: &Input, out: &mut Vec<f32>) {
             variances.resize(panels.len() * PANEL_ROWS, 0.0);
             let panels = matrix.panels(panels, w.cols);
             let found = (&mut estimates[..], &mut variances[..]);
-            let ask = if ctx.ahead { Ask::Once } else { Ask::No };
-            planes::screen(ctx.cpu, panels, w.cols, x.first_tile(), ask, found);
+            planes::screen(ctx.cpu, panels, w.cols, x.first_tile(), ctx.ask, found);
             out.row(0).copy_from_slice(&estimates[..n]);
             out.row(1).copy_from_slice(&variances[..n]);
         },

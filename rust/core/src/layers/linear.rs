@@ -182,11 +182,12 @@ impl Input {
         let cols = self.cols;
         let tile = || &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
         // The tiles take a chunk of weights in turn, and all but the first find it in a cache.
-        let first = tokens.start == 0 && (ctx.ahead || tokens.len() >= FEW_TOKENS);
-        let ask = match (first, tokens.len() == self.tokens) {
-            (false, _) => Ask::No,
-            (true, true) => Ask::Once,
-            (true, false) => Ask::ToKeep,
+        let ask = match ctx.ask {
+            _ if tokens.start > 0 => Ask::No,
+            Ask::No if tokens.len() < FEW_TOKENS => Ask::No,
+            Ask::No => Ask::ToL1,
+            Ask::Once if tokens.len() < self.tokens => Ask::ToL1,
+            way => way,
         };
         match *weights {
             Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), ask, y),

@@ -12,6 +12,7 @@ pub mod head;
 pub mod linear;
 pub mod mlp;
 
+use crate::kernels::Ask;
 use crate::pool::{Team, Tile};
 use crate::profile::{Part, Profile};
 use crate::simd::Cpu;
@@ -29,14 +30,14 @@ pub struct Context<'a> {
     pub profile: Option<&'a Profile>,
     /// What the work belongs to.
     pub part: Part,
-    /// Whether products with a few tokens ask for weights ahead of their use.
-    pub ahead: bool,
+    /// How products with a few tokens ask for weights ahead of their use.
+    pub ask: Ask,
 }
 
 impl<'a> Context<'a> {
     /// Records nothing and counts no time.
     pub fn new(cpu: Cpu, team: &'a Team<'a>) -> Context<'a> {
-        Context { cpu, team, trace: None, profile: None, part: Part::Other, ahead: true }
+        Context { cpu, team, trace: None, profile: None, part: Part::Other, ask: Ask::ToL1 }
     }
 
     /// The same for work that belongs to `part`.

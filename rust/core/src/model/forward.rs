@@ -167,9 +167,8 @@ impl Model {
     ) {
         assert!(!tokens.is_empty() && tokens.len() <= PIECE);
         let team = self.pool.team();
-        let trial = if tokens.len() == 1 { self.ahead.trial() } else { None };
-        let ahead = trial.as_ref().map_or_else(|| self.ahead.chosen(), |trial| trial.ahead);
-        let ctx = Context { trace, profile, ahead, ..Context::new(self.cpu, &team) };
+        let trial = self.ahead.begin(tokens.len());
+        let ctx = Context { trace, profile, ask: trial.ask, ..Context::new(self.cpu, &team) };
         let hidden = self.config.hidden_size;
         let past = state.tokens.len();
 
@@ -216,9 +215,7 @@ impl Model {
                 block.forward(ctx, state, positions, scratch);
             }
         }
-        if let Some(trial) = trial {
-            self.ahead.end(&trial);
-        }
+        self.ahead.end(&trial);
         state.tokens.extend_from_slice(tokens);
 
         if first == tokens.len() {
@@ -244,13 +241,11 @@ impl Model {
         let team = self.pool.team();
         let start = logits.len();
         logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
-        let trial = if head.tokens() == 1 { self.head_ahead.trial() } else { None };
-        let ahead = trial.as_ref().map_or_else(|| self.head_ahead.chosen(), |trial| trial.ahead);
-        let ctx = Context { profile, ahead, ..Context::new(self.cpu, &team) }.under(Part::Head);
+        let trial = self.head_ahead.begin(head.tokens());
+        let ctx = Context { profile, ask: trial.ask, ..Context::new(self.cpu, &team) };
+        let ctx = ctx.under(Part::Head);
         project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);
-        if let Some(trial) = trial {
-            self.head_ahead.end(&trial);
-        }
+        self.head_ahead.end(&trial);
     }
 
     /// Some logits of the only row of `head`. ids: ascending.
@@ -269,8 +264,7 @@ impl Model {
         work: &mut Vec<f32>,
     ) -> Option<Screened> {
         let team = self.pool.team();
-        let ahead = self.ahead.chosen();
-        let ctx = Context { ahead, ..Context::new(self.cpu, &team) };
+        let ctx = Context { ask: self.ahead.chosen(), ..Context::new(self.cpu, &team) };
         head::screen(ctx, &self.weights.lm_head, head, (k, limit), changed, work)
     }
 

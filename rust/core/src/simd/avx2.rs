@@ -455,6 +455,11 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
     }
     #[inline(always)]
+    fn prefetch_l2<T>(self, x: &[T], at: usize) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
+    }
+    #[inline(always)]
     fn prefetch_once<T>(self, x: &[T], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_NTA>(x.as_ptr().cast::<i8>().wrapping_add(at)) }

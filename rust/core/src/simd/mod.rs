@@ -124,6 +124,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn dot_codes(self, acc: Self::I, codes: Self::B, x: Self::X) -> Self::I;
     /// Asks for the cache line at `x[at..]`, which may lie outside of `x`.
     fn prefetch<T>(self, x: &[T], at: usize);
+    /// As `prefetch`, into the second level of caches and no further.
+    fn prefetch_l2<T>(self, x: &[T], at: usize);
     /// As `prefetch`, for what is read once: it needs no place in caches but the first.
     fn prefetch_once<T>(self, x: &[T], at: usize);
 

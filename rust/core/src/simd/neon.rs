@@ -199,6 +199,20 @@ unsafe fn products_of_pairs<const M: usize>(
     }
 }
 
+/// Asks for the cache line at `$x[$at..]` as `$kind` says.
+macro_rules! prefetch {
+    ($kind:literal, $x:ident, $at:ident) => {
+        // SAFETY: a prefetch never faults, whatever the address, and changes nothing.
+        unsafe {
+            asm!(
+                concat!("prfm ", $kind, ", [{}]"),
+                in(reg) $x.as_ptr().wrapping_add($at),
+                options(readonly, nostack, preserves_flags),
+            );
+        }
+    };
+}
+
 impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     // Three integer and three float accumulators of four registers leave 8 of 32. Two pairs of
     // tokens fill them: the float sums wait in the cache while a group is multiplied.
@@ -519,25 +533,15 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     }
     #[inline(always)]
     fn prefetch<T>(self, x: &[T], at: usize) {
-        // SAFETY: a prefetch never faults, whatever the address, and changes nothing.
-        unsafe {
-            asm!(
-                "prfm pldl1keep, [{}]",
-                in(reg) x.as_ptr().wrapping_add(at),
-                options(readonly, nostack, preserves_flags),
-            );
-        }
+        prefetch!("pldl1keep", x, at);
+    }
+    #[inline(always)]
+    fn prefetch_l2<T>(self, x: &[T], at: usize) {
+        prefetch!("pldl2keep", x, at);
     }
     #[inline(always)]
     fn prefetch_once<T>(self, x: &[T], at: usize) {
-        // SAFETY: a prefetch never faults, whatever the address, and changes nothing.
-        unsafe {
-            asm!(
-                "prfm pldl1strm, [{}]",
-                in(reg) x.as_ptr().wrapping_add(at),
-                options(readonly, nostack, preserves_flags),
-            );
-        }
+        prefetch!("pldl1strm", x, at);
     }
 
     #[inline(always)]
@@ -755,6 +759,7 @@ mod tests {
                 nibbles = s.dot_nibbles(nibbles, codes, x);
                 bytes = s.dot_bytes(bytes, w, x);
                 s.prefetch(&self.0[t], 1 << 40);
+                s.prefetch_l2(&self.0[t], 1 << 40);
                 s.prefetch_once(&self.0[t], 1 << 40);
             }
             let mut y = [[0; LANES]; 2];

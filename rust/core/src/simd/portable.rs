@@ -225,5 +225,7 @@ impl Isa for Portable {
     #[inline(always)]
     fn prefetch<T>(self, _: &[T], _: usize) {}
     #[inline(always)]
+    fn prefetch_l2<T>(self, _: &[T], _: usize) {}
+    #[inline(always)]
     fn prefetch_once<T>(self, _: &[T], _: usize) {}
 }
