@@ -399,6 +399,13 @@ class kernels:  # a module
         """Steps of `tokens` tokens on `heads` states of 128 x 128."""
 
     @staticmethod
+    def attention(isa: str, kv: str, chunks: int, repeats: int) -> float:
+        """Passes of four queries over `chunks` chunks of 256 positions of a head of 256 dimensions.
+
+        kv: q8 or f16.
+        """
+
+    @staticmethod
     def fork_join(threads: int) -> float:
         """What handing a region to the threads and waiting for them costs beside its work; median
         of 1000 regions."""

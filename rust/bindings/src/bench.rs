@@ -50,6 +50,27 @@ pub mod kernels {
         detached(py, || Ok(bench::delta_rule(cpu, heads, tokens, repeats).as_secs_f64()))
     }
 
+    /// Seconds for `repeats` passes of four queries over `chunks` chunks of 256 positions of a head of 256
+    /// dimensions.
+    #[pyfunction]
+    fn attention(
+        py: Python<'_>,
+        isa: &str,
+        kv: &str,
+        chunks: usize,
+        repeats: usize,
+    ) -> PyResult<f64> {
+        let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
+        detached(py, || {
+            let bytes = match kv {
+                "q8" => true,
+                "f16" => false,
+                _ => return Err(Error::Argument(format!("kv is `{kv}`, expected q8 or f16"))),
+            };
+            Ok(bench::attention(cpu, bytes, chunks, repeats)?.as_secs_f64())
+        })
+    }
+
     /// Seconds that a region of a pool takes beside its work.
     #[pyfunction]
     fn fork_join(py: Python<'_>, threads: usize) -> PyResult<f64> {

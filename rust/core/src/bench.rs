@@ -1,15 +1,19 @@
 //! Kernels on their own, and what the machine could do at best.
 
 use crate::error::{Error, Result};
+use crate::kernels::attention::{self, Partial, ROWS};
+use crate::kernels::attention_q8::{self, Q8Positions, Q8Rows};
 use crate::kernels::delta_rule::{KeyQueries, MAX_CHUNK, MAX_TOKENS, PendingKeys, ValueHead};
 use crate::kernels::matmul;
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
 use crate::kernels::{Ask, Columns, ColumnsMut, ask_ahead};
 use crate::pool::Pool;
+use crate::quant::float::F16;
 use crate::quant::{Format, PANEL_ROWS};
 use crate::random::Random;
 use crate::simd::{Cpu, Isa, Kernel, LANES};
+use crate::state::KV_CHUNK;
 use crate::tensor::AlignedBuf;
 use std::time::{Duration, Instant};
 
@@ -136,6 +140,79 @@ impl Kernel for &mut Step {
             head.step_isa(s, &next, pending, &self.gates, v, y);
             pending.advance(&next);
         }
+    }
+}
+
+/// Time of `repeats` passes of four queries over `chunks` chunks of [`KV_CHUNK`] positions of one head
+/// of 256 dimensions, kept as bytes or as f16.
+pub fn attention(cpu: Cpu, bytes: bool, chunks: usize, repeats: usize) -> Result<Duration> {
+    const D: usize = 256;
+    let mut random = Random::new(3);
+    let mut row = || {
+        let mut x = vec![0.0; D];
+        random.fill(1.0, &mut x);
+        x
+    };
+    let (mut q8, mut float) = (Vec::new(), Vec::new());
+    for _ in 0..chunks {
+        if bytes {
+            let mut chunk = Q8Positions::new(KV_CHUNK, D)?;
+            (0..KV_CHUNK).for_each(|position| chunk.put(cpu, position, &row(), &row()));
+            q8.push(chunk);
+        } else {
+            let f16s = |x: f32| half::f16::from_f32(x).to_le_bytes();
+            float.push((0..2 * KV_CHUNK).flat_map(|_| row()).flat_map(f16s).collect());
+        }
+    }
+    let queries: [Vec<f32>; ROWS] = std::array::from_fn(|_| row());
+    let mut work = Attend {
+        q8,
+        float,
+        queries: (0..D).map(|d| std::array::from_fn(|r| queries[r][d] / 16.0)).collect(),
+        queries_q8: Q8Rows::default(),
+        scores: vec![0.0; ROWS * KV_CHUNK],
+        probabilities: Q8Rows::default(),
+        partial: Partial::new(D),
+    };
+    let start = Instant::now();
+    for _ in 0..repeats {
+        cpu.run(&mut work);
+    }
+    Ok(start.elapsed())
+}
+
+struct Attend {
+    q8: Vec<Q8Positions>,
+    float: Vec<Vec<u8>>, // keys, then values
+    queries: Vec<[f32; ROWS]>,
+    queries_q8: Q8Rows,
+    scores: Vec<f32>,
+    probabilities: Q8Rows,
+    partial: Partial,
+}
+
+impl Kernel for &mut Attend {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Isa>(self, s: S) {
+        let Attend { q8, float, queries, queries_q8, scores, probabilities, partial } = self;
+        partial.reset();
+        let seen = [KV_CHUNK; ROWS];
+        queries_q8.reset(queries.len(), attention_q8::GROUP);
+        for r in 0..ROWS {
+            let query: Vec<f32> = queries.iter().map(|q| q[r]).collect();
+            queries_q8.set_isa(s, r, &query, attention_q8::GROUP);
+        }
+        for (i, chunk) in q8.iter().enumerate() {
+            let cache = (chunk, q8.get(i + 1));
+            attention_q8::attend_isa(s, queries_q8, cache, &seen, scores, probabilities, partial);
+        }
+        for (i, chunk) in float.iter().enumerate() {
+            let (k, v) = chunk.split_at(chunk.len() / 2);
+            let cache = (k, v, float.get(i + 1).map_or(&[][..], |next| next));
+            attention::attend_isa::<S, F16>(s, queries, cache, &seen, scores, partial);
+        }
+        std::hint::black_box(&partial.out);
     }
 }
 

@@ -108,6 +108,22 @@ impl KvChunk {
         }
     }
 
+    /// Keys of a float format, if they have one.
+    pub fn float_keys(&self) -> &[u8] {
+        match self {
+            KvChunk::Float { k, .. } => k,
+            KvChunk::Q8(_) => &[],
+        }
+    }
+
+    /// Positions kept as bytes, if they are.
+    pub fn q8(&self) -> Option<&Q8Positions> {
+        match self {
+            KvChunk::Float { .. } => None,
+            KvChunk::Q8(positions) => Some(positions),
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             KvChunk::Float { k, v, .. } => k.len() + v.len(),

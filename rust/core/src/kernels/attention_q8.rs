@@ -11,7 +11,7 @@
 //! are then quantised in blocks of [`BLOCK`] positions; the sum that divides the result is that of
 //! the exact ones.
 
-use super::attention::{PREFETCH_AHEAD, Partial, ROWS, softmax_isa};
+use super::attention::{Partial, ROWS, Stream, softmax_isa};
 use super::load_some;
 use crate::error::Result;
 use crate::simd::{Cpu, Isa, Kernel, LANES};
@@ -217,14 +217,14 @@ impl Q8Rows {
 
 /// Adds a chunk of positions.
 ///
-/// q: rows of head_dim, scaled by head_dim^(-1/2), in groups of [`GROUP`]; seen: how many of the
-/// first positions each row attends to; scores: work space of [ROWS, positions]; probabilities:
-/// work space.
+/// q: rows of head_dim, scaled by head_dim^(-1/2), in groups of [`GROUP`]; next: the chunk that is read
+/// afterwards, if any; seen: how many of the first positions each row attends to; scores: work space of
+/// [ROWS, positions]; probabilities: work space.
 #[inline(always)]
 pub fn attend_isa<S: Isa>(
     s: S,
     q: &Q8Rows,
-    cache: &Q8Positions,
+    (cache, next): (&Q8Positions, Option<&Q8Positions>),
     seen: &[usize; ROWS],
     scores: &mut [f32],
     probabilities: &mut Q8Rows,
@@ -236,13 +236,16 @@ pub fn attend_isa<S: Isa>(
     }
     let stride = scores.len() / ROWS;
     let blocks = positions / LANES;
+    let vectors = cache.head_dim.div_ceil(LANES);
+    let v = &cache.v[..positions / 4 * vectors];
+    let k = Stream { items: &cache.k[..blocks * q.codes.len()], next: v };
     let mut b = 0;
     while b < blocks {
         if S::REGISTERS >= 32 {
-            scores_isa::<S, 2>(s, q, cache, b, stride, scores);
+            scores_isa::<S, 2>(s, q, (k, &cache.k_scales), b, stride, scores);
             b += 2;
         } else {
-            scores_isa::<S, 1>(s, q, cache, b, stride, scores);
+            scores_isa::<S, 1>(s, q, (k, &cache.k_scales), b, stride, scores);
             b += 1;
         }
     }
@@ -255,17 +258,17 @@ pub fn attend_isa<S: Isa>(
         }
         probabilities.set_isa(s, r, row, BLOCK);
     }
-    let vectors = cache.head_dim.div_ceil(LANES);
+    let v = Stream { items: v, next: next.map_or(&[], |next| &next.k) };
     for block in 0..positions / BLOCK {
         let mut i = 0;
         if S::REGISTERS >= 32 {
             while i + 4 <= vectors {
-                values_isa::<S, 4>(s, probabilities, cache, block, i, &mut partial.out);
+                values_isa::<S, 4>(s, probabilities, v, (block, i), &mut partial.out);
                 i += 4;
             }
         }
         while i < vectors {
-            values_isa::<S, 1>(s, probabilities, cache, block, i, &mut partial.out);
+            values_isa::<S, 1>(s, probabilities, v, (block, i), &mut partial.out);
             i += 1;
         }
     }
@@ -276,30 +279,31 @@ pub fn attend_isa<S: Isa>(
 fn scores_isa<S: Isa, const P: usize>(
     s: S,
     q: &Q8Rows,
-    cache: &Q8Positions,
+    (k, k_scales): (Stream<'_, Line>, &[[f32; LANES]]),
     b: usize,
     stride: usize,
     scores: &mut [f32],
 ) {
     let (steps, groups) = (q.codes.len(), q.scales.len());
+    let ahead = k.ahead(b * steps, P * steps);
     let mut total = [[s.splat(0.0); ROWS]; P];
     for (g, codes) in q.codes.chunks(GROUP / 4).enumerate() {
         let mut acc = [q.start(s, g); P];
         let mut lines: [&[Line]; P] = [&[]; P];
         for (p, lines) in lines.iter_mut().enumerate() {
-            *lines = &cache.k[(b + p) * steps + g * GROUP / 4..][..codes.len()];
+            *lines = &k.items[(b + p) * steps + g * GROUP / 4..][..codes.len()];
         }
         for (t, codes) in codes.iter().enumerate() {
             for p in 0..P {
                 let k = s.load_bytes(&lines[p][t].0);
-                s.prefetch(&lines[p][t].0, PREFETCH_AHEAD);
+                s.prefetch(ahead, (p * steps + g * GROUP / 4 + t) * size_of::<Line>());
                 for r in 0..ROWS {
                     acc[p][r] = s.dot_bytes(acc[p][r], k, s.splat_bytes(codes[r]));
                 }
             }
         }
         for p in 0..P {
-            let scales = s.load(&cache.k_scales[(b + p) * groups + g]);
+            let scales = s.load(&k_scales[(b + p) * groups + g]);
             for r in 0..ROWS {
                 let scale = s.mul(scales, s.splat(q.scales[g][r]));
                 total[p][r] = s.fma(s.to_f32(acc[p][r]), scale, total[p][r]);
@@ -314,30 +318,31 @@ fn scores_isa<S: Isa, const P: usize>(
     }
 }
 
-/// Adds a block of positions to V vectors of each row of `out`, from vector `first`.
+/// Adds a block of positions to V vectors of each row of `out`, from vector `first` of each.
 #[inline(always)]
 fn values_isa<S: Isa, const V: usize>(
     s: S,
     probabilities: &Q8Rows,
-    cache: &Q8Positions,
-    block: usize,
-    first: usize,
+    v: Stream<'_, Line>,
+    (block, first): (usize, usize),
     out: &mut [f32],
 ) {
     const STEPS: usize = BLOCK / 4;
-    let vectors = cache.head_dim.div_ceil(LANES);
+    let vectors = out.len() / ROWS / LANES;
     let start = probabilities.start(s, block);
     let mut acc = [[s.splat_i32(0); V]; ROWS];
     for r in 0..ROWS {
         acc[r] = [start[r]; V];
     }
-    let lines = &cache.v[block * STEPS * vectors..][..STEPS * vectors];
+    let ahead = v.ahead(block * STEPS * vectors, STEPS * vectors);
+    let lines = &v.items[block * STEPS * vectors..][..STEPS * vectors];
     let codes = &probabilities.codes[block * STEPS..][..STEPS];
-    for (codes, lines) in codes.iter().zip(lines.chunks_exact(vectors)) {
+    for (t, (codes, lines)) in codes.iter().zip(lines.chunks_exact(vectors)).enumerate() {
         let lines = &lines[first..][..V];
         for i in 0..V {
             let v = s.load_bytes(&lines[i].0);
-            s.prefetch(&lines[i].0, PREFETCH_AHEAD);
+            // The passes over a block ask for a part of the next each, in the order of memory.
+            s.prefetch(ahead, (first * STEPS + t * V + i) * size_of::<Line>());
             for r in 0..ROWS {
                 acc[r][i] = s.dot_bytes(acc[r][i], v, s.splat_bytes(codes[r]));
             }
@@ -394,7 +399,8 @@ mod tests {
                     seen[*row] = n.saturating_sub(c * CHUNK).min(CHUNK);
                 }
                 let p = &mut probabilities;
-                attend_isa(s, &q, chunk, &seen, &mut scores, p, &mut partial);
+                let chunks = (chunk, self.cache.get(c + 1));
+                attend_isa(s, &q, chunks, &seen, &mut scores, p, &mut partial);
             }
             partial
         }

@@ -23,6 +23,9 @@ use std::ops::Range;
 /// Zen 5, for weights of every format and for states.
 pub(crate) const AHEAD: usize = 8192;
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
 /// Asks for the first `bytes` bytes of `x`, or all of it.
 #[inline(always)]
 pub(crate) fn ask<S: Isa>(s: S, x: &[f32], bytes: usize) {
@@ -63,7 +66,6 @@ pub(crate) fn ask_ahead<S: Isa>(
     size: usize,
     (part, parts): (usize, usize),
 ) {
-    const LINE: usize = 64;
     // As many for each part, and one more for the first ones: loops of a known length are unrolled.
     let (each, rest) = (size / LINE / parts, size / LINE % parts);
     let first = at + AHEAD + (part * each + part.min(rest)) * LINE;

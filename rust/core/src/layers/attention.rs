@@ -350,7 +350,9 @@ impl Kernel for Attend<'_> {
         if let Some(KvChunk::Q8(_)) = unit.cache.chunks.first().map(|chunk| &***chunk) {
             scratch.quantize_queries_isa(s, dim);
         }
-        for (c, chunk) in unit.chunks.clone().zip(&unit.cache.chunks[unit.chunks.clone()]) {
+        let chunks = &unit.cache.chunks[unit.chunks.clone()];
+        for (i, chunk) in chunks.iter().enumerate() {
+            let (c, next) = (unit.chunks.start + i, chunks.get(i + 1).map(|chunk| &***chunk));
             for group in 0..groups {
                 let mut seen = [0; ROWS];
                 for (r, seen) in seen.iter_mut().enumerate() {
@@ -364,15 +366,19 @@ impl Kernel for Attend<'_> {
                 let q = &scratch.queries[group * dim..][..dim];
                 let (scores, partial) = (&mut scratch.scores, &mut scratch.partials[group]);
                 match &***chunk {
-                    KvChunk::Float { format: Format::F16, k, v } => {
-                        attend_isa::<S, F16>(s, q, k, v, &seen, scores, partial)
-                    }
-                    KvChunk::Float { k, v, .. } => {
-                        attend_isa::<S, F32>(s, q, k, v, &seen, scores, partial)
+                    KvChunk::Float { format, k, v } => {
+                        let cache = (&k[..], &v[..], next.map_or(&[][..], KvChunk::float_keys));
+                        match format {
+                            Format::F16 => {
+                                attend_isa::<S, F16>(s, q, cache, &seen, scores, partial)
+                            }
+                            _ => attend_isa::<S, F32>(s, q, cache, &seen, scores, partial),
+                        }
                     }
                     KvChunk::Q8(positions) => {
                         let (q, p) = (&scratch.queries_q8[group], &mut scratch.probabilities);
-                        attention_q8::attend_isa(s, q, positions, &seen, scores, p, partial)
+                        let cache = (positions, next.and_then(KvChunk::q8));
+                        attention_q8::attend_isa(s, q, cache, &seen, scores, p, partial)
                     }
                 }
             }
