@@ -52,6 +52,19 @@ def test_limits_are_measured():
         bench.measure_limits(_native.instruction_sets()[0], 0)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "names"),
+    [
+        ("matmul", ("w9", 16, 64, 1, 1), "w8"),
+        ("matmul", ("w8", 16, 64, 1, 1, "l3"), "no, l1, l2, once"),
+        ("attention", ("f32", 1, 1), "q8 or f16"),
+    ],
+)
+def test_kernels_name_what_they_know(kernel, arguments, names):
+    with pytest.raises(qdelta.ArgumentError, match=names):
+        getattr(_native.kernels, kernel)("portable", *arguments)
+
+
 def test_decode_ceiling_is_memory_over_bytes(demo):
     model, config = demo
     near, far = (bench.Test(0, 2, depth) for depth in (0, 1024))

@@ -315,16 +315,16 @@ impl Kernel for Read<'_> {
     }
 }
 
-struct Int8Peak {
-    rounds: usize,
-}
-
 /// Calls `$self.$sums::<S, n>` with as many independent sums as hide an instruction's latency on two ports
 /// and fit the registers. A vector of narrow registers is several sums by itself.
 macro_rules! with_sums {
     ($self:ident.$sums:ident($s:ident, $isa:ident)) => {
         if $isa::REGISTERS >= 32 { $self.$sums::<$isa, 12>($s) } else { $self.$sums::<$isa, 6>($s) }
     };
+}
+
+struct Int8Peak {
+    rounds: usize,
 }
 
 impl Int8Peak {
