@@ -386,12 +386,13 @@ class kernels:  # a module
         tokens: int,
         repeats: int,
         ask: str = "l1",
+        abreast: bool = True,
     ) -> float:
         """A random [rows, cols] matrix times `tokens` rows.
 
         format: bf16, f16, f32, or one of panels as docs/formats.md lists them, like w4_k.
         ask: how weights in panels are asked for ahead of their use: no, into l1 or l2, or once
-        (into l1 alone).
+        (into l1 alone). abreast: whether few tokens read four panels side by side.
         """
 
     @staticmethod

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 pub mod kernels {
     use crate::error::{detached, exception};
     use pyo3::prelude::*;
+    use qdelta_core::kernels::Reading;
     use qdelta_core::simd::Cpu;
     use qdelta_core::{Error, bench, threads};
     use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ pub mod kernels {
     ///
     /// format: bf16, f16, f32, or one of panels, as w8, w6_planes or w4_k.
     #[pyfunction]
-    #[pyo3(signature = (isa, format, rows, cols, tokens, repeats, ask = "l1"))]
+    #[pyo3(signature = (isa, format, rows, cols, tokens, repeats, ask = "l1", abreast = true))]
     #[allow(clippy::too_many_arguments)]
     fn matmul(
         py: Python<'_>,
@@ -25,15 +26,16 @@ pub mod kernels {
         tokens: usize,
         repeats: usize,
         ask: &str,
+        abreast: bool,
     ) -> PyResult<f64> {
         let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
         detached(py, || {
-            let ask = bench::ask_named(ask)?;
+            let reading = Reading { ask: bench::ask_named(ask)?, abreast };
             let format = bench::format_named(format)?;
             if rows == 0 || cols == 0 || tokens == 0 {
                 return Err(Error::Argument("rows, cols and tokens are at least 1".into()));
             }
-            Ok(bench::matmul(cpu, format, (rows, cols), tokens, ask, repeats).as_secs_f64())
+            Ok(bench::matmul(cpu, format, (rows, cols), tokens, reading, repeats).as_secs_f64())
         })
     }
 

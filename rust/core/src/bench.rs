@@ -7,7 +7,7 @@ use crate::kernels::delta_rule::{KeyQueries, MAX_CHUNK, MAX_TOKENS, PendingKeys,
 use crate::kernels::matmul;
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{Ask, Columns, ColumnsMut, ask_ahead};
+use crate::kernels::{AHEAD, Ask, Columns, ColumnsMut, Reading, ask_ahead};
 use crate::pool::Pool;
 use crate::quant::float::F16;
 use crate::quant::{Format, PANEL_ROWS};
@@ -37,14 +37,14 @@ pub fn ask_named(name: &str) -> Result<Ask> {
     }
 }
 
-/// Time of `repeats` products of a random matrix with `tokens` rows. ask: for weights, with the first
-/// tile of tokens.
+/// Time of `repeats` products of a random matrix with `tokens` rows. reading: of the weights, by the
+/// first tile of tokens.
 pub fn matmul(
     cpu: Cpu,
     format: Format,
     (rows, cols): (usize, usize),
     tokens: usize,
-    ask: Ask,
+    reading: Reading,
     repeats: usize,
 ) -> Duration {
     let mut random = Random::new(1);
@@ -80,8 +80,8 @@ pub fn matmul(
     for _ in 0..repeats {
         for (i, tile) in tiles.iter().enumerate() {
             let y = &mut y[..tile.tokens() * rows];
-            let ask = if i == 0 { ask } else { Ask::No };
-            matmul::packed(cpu, format, &w, cols, tile, ask, Outputs::of(y, rows));
+            let reading = if i == 0 { reading } else { Reading::PLAIN };
+            matmul::packed(cpu, format, &w, cols, tile, reading, Outputs::of(y, rows));
             std::hint::black_box(y);
         }
     }
@@ -306,7 +306,7 @@ impl Kernel for Read<'_> {
         let lines: &[[u8; 4 * LANES]] = self.bytes.as_chunks().0;
         for (n, lines) in lines.as_chunks::<4>().0.iter().enumerate() {
             let size = size_of_val(lines);
-            ask_ahead(s, self.ask, self.bytes, n * size, size, (0, 1));
+            ask_ahead(s, self.ask, self.bytes, n * size + AHEAD, size, (0, 1));
             for i in 0..4 {
                 sums[i] = s.add(sums[i], s.load_f32(&lines[i]));
             }

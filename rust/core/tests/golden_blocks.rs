@@ -1,7 +1,7 @@
 //! Block types of GGUF files against ggml's own bytes, numbers and products.
 //! `tests/golden/README.md` says how they were made.
 
-use qdelta_core::kernels::Ask;
+use qdelta_core::kernels::Reading;
 use qdelta_core::kernels::matmul::packed;
 use qdelta_core::kernels::outputs::Outputs;
 use qdelta_core::kernels::quantize::QuantTile;
@@ -153,7 +153,7 @@ fn products_of_panels_are_near_the_exact_ones() {
                 tile.quantize(cpu, &x, cols);
                 let mut y = vec![f32::NAN; tokens * PANEL_ROWS];
                 let out = Outputs::of(&mut y, PANEL_ROWS);
-                packed(cpu, format, &panel, cols, &tile, Ask::Once, out);
+                packed(cpu, format, &panel, cols, &tile, Reading::PLAIN, out);
                 for (token, (y, want)) in y.chunks(PANEL_ROWS).zip(want.chunks(rows)).enumerate() {
                     for (row, (got, want)) in y.iter().zip(want).enumerate() {
                         let at = row * cols..(row + 1) * cols;

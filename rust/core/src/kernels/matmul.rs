@@ -7,7 +7,7 @@
 
 use super::outputs::Outputs;
 use super::quantize::QuantTile;
-use super::{Ask, ask_ahead, load_some, planes, run_tile};
+use super::{PanelProduct, Reading, ahead_in_panels, ask_ahead, load_some, planes};
 use crate::quant::float::{Bf16, F16, F32, Float};
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
@@ -17,24 +17,25 @@ use std::marker::PhantomData;
 /// Product of panels of a packed matrix with the tokens of a tile.
 ///
 /// panels: n panels of `cols` columns, in two planes a whole matrix; y: a row of up to 16 n for each
-/// token; ask: for the panels, if they are in no cache. Panics if the lengths disagree or the tile holds more tokens than the instruction set takes.
+/// token; reading: of the panels. Panics if the lengths disagree or the tile holds more tokens than the
+/// instruction set takes.
 pub fn packed(
     cpu: Cpu,
     format: Format,
     panels: &[u8],
     cols: usize,
     x: &QuantTile,
-    ask: Ask,
+    reading: Reading,
     y: Outputs<'_>,
 ) {
     let bytes = panel_bytes(format, cols);
     assert!(panels.len().is_multiple_of(bytes));
     y.check(x.tokens(), panels.len() / bytes);
     if format.is_in_planes() {
-        return planes::product(cpu, Planes::new(format, panels), cols, x, ask, y);
+        return planes::product(cpu, Planes::new(format, panels), cols, x, reading, y);
     }
     with_packed!(format, P => {
-        cpu.run(PackedProduct::<P> { panels, bytes, x, ask, y, format: PhantomData })
+        cpu.run(PackedProduct::<P> { panels, bytes, x, reading, y, format: PhantomData })
     });
 }
 
@@ -42,28 +43,41 @@ struct PackedProduct<'a, P> {
     panels: &'a [u8],
     bytes: usize,
     x: &'a QuantTile,
-    ask: Ask,
+    reading: Reading,
     y: Outputs<'a>,
     format: PhantomData<P>,
 }
 
-impl<P: Packed> PackedProduct<'_, P> {
+impl<P: Packed> PanelProduct for PackedProduct<'_, P> {
+    fn size(&self) -> (usize, usize) {
+        (self.panels.len() / self.bytes, self.x.tokens())
+    }
+
+    fn abreast(&self) -> bool {
+        self.reading.abreast
+    }
+
     #[inline(always)]
-    fn tile<S: Isa, const M: usize>(mut self, s: S) {
-        for (p, panel) in self.panels.chunks_exact(self.bytes).enumerate() {
-            let mut acc = [s.splat(0.0); M];
-            let blocks = P::blocks(panel).iter().zip(self.x.groups::<M>().blocks(P::GROUPS));
-            for (i, (block, x)) in blocks.enumerate() {
-                let size = size_of::<P::Block>();
-                let at = p * self.bytes + i * size;
-                for g in 0..P::GROUPS {
-                    ask_ahead(s, self.ask, self.panels, at, size, (g, P::GROUPS));
-                    P::add(s, block, g, x.get(g), &mut acc);
+    fn panels<S: Isa, const R: usize, const M: usize>(&mut self, s: S, first: usize, n: usize) {
+        let bytes = self.bytes;
+        let panels: [&[u8]; R] =
+            std::array::from_fn(|r| &self.panels[(first + r.min(n - 1)) * bytes..][..bytes]);
+        let blocks = panels.map(P::blocks);
+        let size = size_of::<P::Block>();
+        let mut acc = [[s.splat(0.0); M]; R];
+        for (i, x) in self.x.groups::<M>().blocks(P::GROUPS).enumerate().take(blocks[0].len()) {
+            for g in 0..P::GROUPS {
+                for r in 0..n {
+                    let from = ahead_in_panels(first + r, bytes, i * size, n);
+                    ask_ahead(s, self.reading.ask, self.panels, from, size, (g, P::GROUPS));
+                    P::add(s, &blocks[r][i], g, x.get(g), &mut acc[r]);
                 }
             }
-            P::end(s, panel, &mut acc);
+        }
+        for r in 0..n {
+            P::end(s, panels[r], &mut acc[r]);
             for m in 0..M {
-                self.y.put(s, m, p * PANEL_ROWS, acc[m]);
+                self.y.put(s, m, (first + r) * PANEL_ROWS, acc[r][m]);
             }
         }
     }
@@ -73,7 +87,7 @@ impl<P: Packed> Kernel for PackedProduct<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        run_tile!(self, s, S)
+        self.product(s);
     }
 }
 
@@ -199,6 +213,7 @@ impl<F: Float> Kernel for FloatProduct<'_, F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::ABREAST;
     use crate::kernels::testing::{Made, Panels, assert_close, pack, random};
     use crate::quant::w4::SCALE_BYTES;
     use crate::quant::{BLOCK, GROUP, decode_row};
@@ -223,7 +238,7 @@ mod tests {
                             &bytes,
                             cols,
                             &tile,
-                            Ask::Once,
+                            Reading::PLAIN,
                             Outputs::of(&mut y, width),
                         );
                         for t in 0..tokens {
@@ -258,9 +273,10 @@ mod tests {
     }
 
     #[test]
-    fn packed_products_have_the_same_bits_for_any_number_of_tokens_and_fused_isa() {
+    fn packed_products_have_the_same_bits_for_any_number_of_tokens_reading_and_fused_isa() {
         for made in Made::all() {
-            let (rows, cols) = (32, made.cols(320));
+            // Twice as many panels as are read side by side, and one that is left over.
+            let (rows, cols) = ((2 * ABREAST + 1) * PANEL_ROWS, made.cols(320));
             let Panels { format, bytes, .. } = made.matrix(Cpu::best(), rows, cols, 7);
             let mut first: Option<Vec<f32>> = None;
             for cpu in Cpu::all() {
@@ -271,15 +287,23 @@ mod tests {
                 tile.quantize(cpu, x, cols);
                 let mut together = vec![0.0; tokens * rows];
                 let out = Outputs::of(&mut together, rows);
-                packed(cpu, format, &bytes, cols, &tile, Ask::Once, out);
+                packed(cpu, format, &bytes, cols, &tile, Reading::PLAIN, out);
+                for few in 1..=tokens.min(5) {
+                    tile.quantize(cpu, &x[..few * cols], cols);
+                    for reading in Reading::all() {
+                        let mut y = vec![0.0; few * rows];
+                        let out = Outputs::of(&mut y, rows);
+                        packed(cpu, format, &bytes, cols, &tile, reading, out);
+                        let what = format!("{cpu:?} {made:?} {few} tokens, {reading:?}");
+                        assert_eq!(y, together[..few * rows], "{what}");
+                    }
+                }
                 for (x, together) in x.chunks_exact(cols).zip(together.chunks_exact(rows)) {
                     tile.quantize(cpu, x, cols);
-                    for ask in Ask::ALL {
-                        let mut alone = vec![0.0; rows];
-                        let out = Outputs::of(&mut alone, rows);
-                        packed(cpu, format, &bytes, cols, &tile, ask, out);
-                        assert_eq!(alone, together, "{cpu:?} {made:?} {ask:?}");
-                    }
+                    let mut alone = vec![0.0; rows];
+                    let out = Outputs::of(&mut alone, rows);
+                    packed(cpu, format, &bytes, cols, &tile, Reading::PLAIN, out);
+                    assert_eq!(alone, together, "{cpu:?} {made:?}");
                 }
                 // Where multiply-add is one rounding the bits do not depend on the CPU either.
                 if cpu.name() != "portable" {
@@ -334,8 +358,8 @@ mod tests {
                     let mut y = [(); 2].map(|_| vec![0.0; tokens * rows.next_multiple_of(16)]);
                     let [first, second] =
                         y.each_mut().map(|y| Outputs::of(y, rows.next_multiple_of(16)));
-                    packed(cpu, Format::W8, &whole, cols, &tile, Ask::Once, first);
-                    packed(cpu, format, &planes, cols, &tile, Ask::Once, second);
+                    packed(cpu, Format::W8, &whole, cols, &tile, Reading::PLAIN, first);
+                    packed(cpu, format, &planes, cols, &tile, Reading::PLAIN, second);
                     let what = format!("{cpu:?} {format:?} {rows}x{cols}, {tokens} tokens");
                     assert_eq!(y[0], y[1], "{what}");
                 }

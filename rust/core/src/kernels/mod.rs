@@ -52,9 +52,89 @@ impl Ask {
     pub const ALL: [Ask; 4] = [Ask::No, Ask::ToL1, Ask::ToL2, Ask::Once];
 }
 
+/// How a product reads weights that are in no cache. The results are the same bits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reading {
+    pub ask: Ask,
+    /// Whether few tokens go through several panels side by side, not through one after another. The
+    /// hardware then follows several streams: with one token a core of a Granite Rapids reads W4 1.3
+    /// times as fast so, and as fast as it reads anything.
+    pub abreast: bool,
+}
+
+impl Reading {
+    /// Without asking, one panel after another: for weights that are in a cache.
+    pub const PLAIN: Reading = Reading { ask: Ask::No, abreast: false };
+
+    /// Every way.
+    #[cfg(test)]
+    pub fn all() -> impl Iterator<Item = Reading> {
+        [false, true].into_iter().flat_map(|abreast| Ask::ALL.map(|ask| Reading { ask, abreast }))
+    }
+}
+
+/// Panels that few tokens, up to four, read side by side at most.
+pub const ABREAST: usize = 4;
+
+/// A product of panels with a tile of tokens.
+pub(crate) trait PanelProduct {
+    /// Panels in all, and tokens.
+    fn size(&self) -> (usize, usize);
+
+    /// See [`Reading::abreast`].
+    fn abreast(&self) -> bool;
+
+    /// Computes `n` panels from `first`, up to R, side by side for M tokens, which are all.
+    fn panels<S: Isa, const R: usize, const M: usize>(&mut self, s: S, first: usize, n: usize);
+
+    /// Computes all panels for M tokens, R side by side as far as that goes.
+    #[inline(always)]
+    fn all<S: Isa, const R: usize, const M: usize>(&mut self, s: S) {
+        let (panels, _) = self.size();
+        let mut first = 0;
+        while first < panels {
+            // Known where R is 1, so that the sums stay in registers. Those of several panels take turns in
+            // memory, which few tokens do not notice.
+            let n = if R == 1 { 1 } else { R.min(panels - first) };
+            self.panels::<S, R, M>(s, first, n);
+            first += n;
+        }
+    }
+
+    /// Computes all panels for all tokens.
+    #[inline(always)]
+    fn product<S: Isa>(mut self, s: S)
+    where
+        Self: Sized,
+    {
+        macro_rules! tokens {
+            (few: $($few:literal)*; any: $($any:literal)*) => {
+                match self.size().1 {
+                    0 => {}
+                    $($few if self.abreast() && $few <= S::TILE_TOKENS => {
+                        self.all::<S, ABREAST, $few>(s);
+                    })*
+                    $($any if $any <= S::TILE_TOKENS => self.all::<S, 1, $any>(s),)*
+                    m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
+                }
+            };
+        }
+        tokens!(few: 1 2 3 4; any: 1 2 3 4 5 6 7 8 9 10 11 12);
+    }
+}
+
+/// Where to ask from, [`AHEAD`] bytes after what is read now: in the panel itself, or in the one that is
+/// read after it, `abreast` panels later.
+#[inline(always)]
+pub(crate) fn ahead_in_panels(panel: usize, bytes: usize, within: usize, abreast: usize) -> usize {
+    let within = within + AHEAD.min(bytes);
+    let skipped = if within < bytes { 0 } else { (abreast - 1) * bytes };
+    panel * bytes + within + skipped
+}
+
 /// Asks for a part of a block of `size` bytes, as long before its use as memory takes to answer.
 ///
-/// at: where the present block starts; part: which one, of how many. A whole block at once is more than
+/// from: where the block starts; part: which one, of how many. A whole block at once is more than
 /// a core keeps requests for. With one token a Zen 5 reads W4K, W5K and W6K at the rate of plain reading
 /// so, and at 0.9, 0.7 and 0.7 of it without.
 #[inline(always)]
@@ -62,13 +142,13 @@ pub(crate) fn ask_ahead<S: Isa>(
     s: S,
     ask: Ask,
     bytes: &[u8],
-    at: usize,
+    from: usize,
     size: usize,
     (part, parts): (usize, usize),
 ) {
     // As many for each part, and one more for the first ones: loops of a known length are unrolled.
     let (each, rest) = (size / LINE / parts, size / LINE % parts);
-    let first = at + AHEAD + (part * each + part.min(rest)) * LINE;
+    let first = from + (part * each + part.min(rest)) * LINE;
     macro_rules! lines {
         ($prefetch:ident) => {{
             for line in 0..each {
@@ -88,21 +168,6 @@ pub(crate) fn ask_ahead<S: Isa>(
         Ask::Once => lines!(prefetch_once),
     }
 }
-
-/// Runs `tile` of a product for as many tokens as its tile of activations has.
-macro_rules! run_tile {
-    ($product:ident, $s:ident, $isa:ident) => {
-        run_tile!(@ $product, $s, $isa; 1 2 3 4 5 6 7 8 9 10 11 12)
-    };
-    (@ $product:ident, $s:ident, $isa:ident; $($m:literal)*) => {
-        match $product.x.tokens() {
-            0 => {}
-            $($m if $m <= $isa::TILE_TOKENS => $product.tile::<$isa, $m>($s),)*
-            m => panic!("a tile of {m} tokens, the limit is {}", $isa::TILE_TOKENS),
-        }
-    };
-}
-pub(crate) use run_tile;
 
 /// Columns of a matrix: rows of `width` elements that begin `stride` elements apart.
 #[derive(Clone, Copy)]

@@ -16,7 +16,7 @@
 
 use super::outputs::Outputs;
 use super::quantize::QuantTile;
-use super::{Ask, ask_ahead, run_tile};
+use super::{AHEAD, Ask, PanelProduct, Reading, ahead_in_panels, ask_ahead};
 use crate::quant::two_planes::{HIGH_BYTES, InPlanes, Planes};
 use crate::quant::{BLOCK, PANEL_ROWS, w4, with_planes};
 use crate::simd::{Cpu, Isa, Kernel};
@@ -24,20 +24,26 @@ use std::marker::PhantomData;
 
 /// Product of panels with the tokens of a tile.
 ///
-/// planes: n panels of `cols` columns; y, ask: as for [`super::matmul::packed`].
+/// planes: n panels of `cols` columns; y, reading: as for [`super::matmul::packed`].
 /// Panics if the lengths disagree or the tile holds more tokens than the instruction set takes.
-pub fn product(cpu: Cpu, planes: Planes<'_>, cols: usize, x: &QuantTile, ask: Ask, y: Outputs<'_>) {
+pub fn product(
+    cpu: Cpu,
+    planes: Planes<'_>,
+    cols: usize,
+    x: &QuantTile,
+    reading: Reading,
+    y: Outputs<'_>,
+) {
     let blocks = blocks_of_a_panel(planes, cols);
     y.check(x.tokens(), planes.high.len() / blocks);
     with_planes!(planes.format, P => {
-        cpu.run(Product::<P> { planes, blocks, x, ask, y, format: PhantomData })
+        cpu.run(Product::<P> { planes, blocks, x, reading, y, format: PhantomData })
     });
 }
 
 /// Estimates of a product with one token, and the variances of their errors.
 ///
-/// planes: n panels of `cols` columns; ask: as for [`super::matmul::packed`]; estimates, variances:
-/// [16 n].
+/// planes: n panels of `cols` columns; estimates, variances: [16 n].
 pub fn screen(
     cpu: Cpu,
     planes: Planes<'_>,
@@ -67,32 +73,45 @@ struct Product<'a, P> {
     planes: Planes<'a>,
     blocks: usize,
     x: &'a QuantTile,
-    ask: Ask,
+    reading: Reading,
     y: Outputs<'a>,
     format: PhantomData<P>,
 }
 
-impl<P: InPlanes> Product<'_, P> {
+impl<P: InPlanes> PanelProduct for Product<'_, P> {
+    fn size(&self) -> (usize, usize) {
+        (self.planes.high.len() / self.blocks, self.x.tokens())
+    }
+
+    fn abreast(&self) -> bool {
+        self.reading.abreast
+    }
+
     #[inline(always)]
-    fn tile<S: Isa, const M: usize>(mut self, s: S) {
+    fn panels<S: Isa, const R: usize, const M: usize>(&mut self, s: S, first: usize, n: usize) {
         let Planes { high, low, .. } = self.planes;
-        let low_panels = low.chunks_exact(self.blocks * P::LOW_BYTES);
-        let panels = high.chunks_exact(self.blocks).zip(low_panels);
-        for (p, (high_panel, low_panel)) in panels.enumerate() {
-            let mut acc = [s.splat(0.0); M];
-            let low_blocks = low_panel.chunks_exact(P::LOW_BYTES);
-            let blocks = high_panel.iter().zip(low_blocks).zip(self.x.groups::<M>().blocks(2));
-            for (i, (block, x)) in blocks.enumerate() {
-                let at = p * self.blocks + i;
-                for g in 0..2 {
-                    let bytes = high.as_flattened();
-                    ask_ahead(s, self.ask, bytes, at * HIGH_BYTES, HIGH_BYTES, (g, 2));
-                    ask_ahead(s, self.ask, low, at * P::LOW_BYTES, P::LOW_BYTES, (g, 2));
-                    P::add(s, block, g, x.get(g), &mut acc);
+        let (blocks, low_size) = (self.blocks, P::LOW_BYTES);
+        let high_panels: [_; R] =
+            std::array::from_fn(|r| &high[(first + r.min(n - 1)) * blocks..][..blocks]);
+        let mut acc = [[s.splat(0.0); M]; R];
+        for (i, x) in self.x.groups::<M>().blocks(2).enumerate().take(blocks) {
+            for g in 0..2 {
+                for r in 0..n {
+                    let panel = first + r;
+                    let ask = |plane: &[u8], size: usize| {
+                        let from = ahead_in_panels(panel, blocks * size, i * size, n);
+                        ask_ahead(s, self.reading.ask, plane, from, size, (g, 2));
+                    };
+                    ask(high.as_flattened(), HIGH_BYTES);
+                    ask(low, low_size);
+                    let low_block = &low[(panel * blocks + i) * low_size..][..low_size];
+                    P::add(s, (&high_panels[r][i], low_block), g, x.get(g), &mut acc[r]);
                 }
             }
+        }
+        for r in 0..n {
             for m in 0..M {
-                self.y.put(s, m, p * PANEL_ROWS, acc[m]);
+                self.y.put(s, m, (first + r) * PANEL_ROWS, acc[r][m]);
             }
         }
     }
@@ -102,7 +121,7 @@ impl<P: InPlanes> Kernel for Product<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        run_tile!(self, s, S)
+        self.product(s);
     }
 }
 
@@ -133,9 +152,9 @@ impl Kernel for Screen<'_> {
             let groups = self.x.groups::<1>().blocks(2);
             let blocks = panel.iter().zip(groups).zip(squares.as_chunks::<2>().0);
             for (i, ((block, x), squares)) in blocks.enumerate() {
-                let at = (p * self.blocks + i) * HIGH_BYTES;
+                let from = (p * self.blocks + i) * HIGH_BYTES + AHEAD;
                 for g in 0..2 {
-                    ask_ahead(s, self.ask, high.as_flattened(), at, HIGH_BYTES, (g, 2));
+                    ask_ahead(s, self.ask, high.as_flattened(), from, HIGH_BYTES, (g, 2));
                     let x = x.get(g);
                     let scales = w4::scales(s, block, g);
                     let [dots] = w4::dots(s, block, g, x);
@@ -248,7 +267,7 @@ mod tests {
                 let bytes = panel(cpu, format, &random(PANEL_ROWS * cols, 23 + p), cols);
                 let planes = Planes::new(format, &bytes);
                 let mut y = [0.0; PANEL_ROWS];
-                product(cpu, planes, cols, &tile, Ask::Once, Outputs::of(&mut y, PANEL_ROWS));
+                product(cpu, planes, cols, &tile, Reading::PLAIN, Outputs::of(&mut y, PANEL_ROWS));
                 let (mut estimates, mut variances) = ([0.0; PANEL_ROWS], [0.0; PANEL_ROWS]);
                 screen(cpu, planes, cols, &tile, Ask::Once, (&mut estimates, &mut variances));
                 for ((y, estimate), variance) in y.iter().zip(estimates).zip(variances) {

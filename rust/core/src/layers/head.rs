@@ -174,7 +174,7 @@ fn estimate(ctx: Context<'_>, w: &Matrix, x: &Input, out: &mut Vec<f32>) {
     ctx.run_tiles(
         out,
         w.rows,
-        (2, chunk_cols(ctx, &[w], 1)),
+        (2, chunk_cols(ctx, &[w])),
         |_| (Vec::new(), Vec::new()),
         |(estimates, variances), mut out| {
             let (rows, n) = (out.cols(), out.cols().len());
@@ -183,7 +183,7 @@ fn estimate(ctx: Context<'_>, w: &Matrix, x: &Input, out: &mut Vec<f32>) {
             variances.resize(panels.len() * PANEL_ROWS, 0.0);
             let panels = matrix.panels(panels, w.cols);
             let found = (&mut estimates[..], &mut variances[..]);
-            planes::screen(ctx.cpu, panels, w.cols, x.first_tile(), ctx.ask, found);
+            planes::screen(ctx.cpu, panels, w.cols, x.first_tile(), ctx.reading.ask, found);
             out.row(0).copy_from_slice(&estimates[..n]);
             out.row(1).copy_from_slice(&variances[..n]);
         },

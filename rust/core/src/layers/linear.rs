@@ -3,7 +3,7 @@
 use super::{Context, FEW_TOKENS};
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{Ask, activation, matmul, norm, planes};
+use crate::kernels::{ABREAST, Ask, Reading, activation, matmul, norm, planes};
 use crate::profile::Part;
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::two_planes::Planes;
@@ -182,17 +182,17 @@ impl Input {
         let cols = self.cols;
         let tile = || &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
         // The tiles take a chunk of weights in turn, and all but the first find it in a cache.
-        let ask = match ctx.ask {
-            _ if tokens.start > 0 => Ask::No,
-            Ask::No if tokens.len() < FEW_TOKENS => Ask::No,
-            Ask::No => Ask::ToL1,
+        let ask = match ctx.reading.ask {
+            Ask::No if tokens.len() >= FEW_TOKENS => Ask::ToL1,
             Ask::Once if tokens.len() < self.tokens => Ask::ToL1,
-            way => way,
+            ask => ask,
         };
+        let first = Reading { ask, ..ctx.reading };
+        let reading = if tokens.start == 0 { first } else { Reading::PLAIN };
         match *weights {
-            Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), ask, y),
+            Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), reading, y),
             Weights::Panels { format, bytes } => {
-                matmul::packed(ctx.cpu, format, bytes, cols, tile(), ask, y);
+                matmul::packed(ctx.cpu, format, bytes, cols, tile(), reading, y);
             }
             Weights::Rows { format, bytes } => {
                 let x = &self.rows[tokens.start * cols..tokens.end * cols];
@@ -204,18 +204,17 @@ impl Input {
 
 /// Output columns that one chunk of a region computes: enough weights to be worth claiming, few
 /// enough that the threads end together.
-pub(super) fn chunk_cols(ctx: Context<'_>, matrices: &[&Matrix], tokens: usize) -> usize {
+pub(super) fn chunk_cols(ctx: Context<'_>, matrices: &[&Matrix]) -> usize {
     const LEAST_BYTES: usize = 32 << 10;
     const MOST_BYTES: usize = 256 << 10;
     const CHUNKS_PER_THREAD: usize = 16;
-    // Many tokens reuse a tile of activations from the cache for each panel of a chunk.
-    const LEAST_PANELS_MANY_TOKENS: usize = 4;
     let total: usize = matrices.iter().map(|m| m.bytes.len()).sum();
     let panels: usize = matrices.iter().map(|m| m.width() / PANEL_ROWS).sum();
     let panel = (total / panels).max(1);
     let bytes = (total / (CHUNKS_PER_THREAD * ctx.team.threads())).clamp(LEAST_BYTES, MOST_BYTES);
-    let least = if tokens > FEW_TOKENS { LEAST_PANELS_MANY_TOKENS } else { 1 };
-    (bytes / panel).max(least) * PANEL_ROWS
+    // Few tokens read so many panels side by side; many find their activations in a cache for all but the
+    // first panel of a chunk.
+    (bytes / panel).max(1).next_multiple_of(ABREAST) * PANEL_ROWS
 }
 
 /// y = W x, or y += W x if `add`, for matrices side by side.
@@ -229,7 +228,7 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
     };
     let tokens = x.tokens();
     assert_eq!(y.len(), tokens * width);
-    let cols = chunk_cols(ctx, matrices, tokens);
+    let cols = chunk_cols(ctx, matrices);
     let tile_tokens = ctx.cpu.tile_tokens();
     ctx.run_tiles(
         y,
@@ -287,7 +286,7 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
     assert_eq!(gate.rows, up.rows);
     assert_eq!(y.len(), tokens * gate.rows);
     // A chunk reads both matrices, so half the columns hold the same bytes.
-    let cols = (chunk_cols(ctx, &[gate, up], tokens) / 2).next_multiple_of(PANEL_ROWS);
+    let cols = (chunk_cols(ctx, &[gate, up]) / 2).next_multiple_of(ABREAST * PANEL_ROWS);
     let tile_tokens = ctx.cpu.tile_tokens();
     let init = |_| ([Vec::new(), Vec::new()], Vec::new());
     ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(buffers, gates), mut y| {

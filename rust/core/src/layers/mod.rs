@@ -12,7 +12,7 @@ pub mod head;
 pub mod linear;
 pub mod mlp;
 
-use crate::kernels::Ask;
+use crate::kernels::{Ask, Reading};
 use crate::pool::{Team, Tile};
 use crate::profile::{Part, Profile};
 use crate::simd::Cpu;
@@ -30,14 +30,15 @@ pub struct Context<'a> {
     pub profile: Option<&'a Profile>,
     /// What the work belongs to.
     pub part: Part,
-    /// How products with a few tokens ask for weights ahead of their use.
-    pub ask: Ask,
+    /// How products with a few tokens read weights.
+    pub reading: Reading,
 }
 
 impl<'a> Context<'a> {
     /// Records nothing and counts no time.
     pub fn new(cpu: Cpu, team: &'a Team<'a>) -> Context<'a> {
-        Context { cpu, team, trace: None, profile: None, part: Part::Other, ask: Ask::ToL1 }
+        let reading = Reading { ask: Ask::ToL1, abreast: true };
+        Context { cpu, team, trace: None, profile: None, part: Part::Other, reading }
     }
 
     /// The same for work that belongs to `part`.

@@ -168,7 +168,8 @@ impl Model {
         assert!(!tokens.is_empty() && tokens.len() <= PIECE);
         let team = self.pool.team();
         let trial = self.ahead.begin(tokens.len());
-        let ctx = Context { trace, profile, ask: trial.ask, ..Context::new(self.cpu, &team) };
+        let ctx =
+            Context { trace, profile, reading: trial.reading, ..Context::new(self.cpu, &team) };
         let hidden = self.config.hidden_size;
         let past = state.tokens.len();
 
@@ -242,7 +243,7 @@ impl Model {
         let start = logits.len();
         logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
         let trial = self.head_ahead.begin(head.tokens());
-        let ctx = Context { profile, ask: trial.ask, ..Context::new(self.cpu, &team) };
+        let ctx = Context { profile, reading: trial.reading, ..Context::new(self.cpu, &team) };
         let ctx = ctx.under(Part::Head);
         project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);
         self.head_ahead.end(&trial);
@@ -264,7 +265,7 @@ impl Model {
         work: &mut Vec<f32>,
     ) -> Option<Screened> {
         let team = self.pool.team();
-        let ctx = Context { ask: self.ahead.chosen(), ..Context::new(self.cpu, &team) };
+        let ctx = Context { reading: self.ahead.chosen(), ..Context::new(self.cpu, &team) };
         head::screen(ctx, &self.weights.lm_head, head, (k, limit), changed, work)
     }
 

@@ -63,7 +63,7 @@ impl Packed for W4Mx {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::Ask;
+    use crate::kernels::Reading;
     use crate::kernels::matmul::packed;
     use crate::kernels::outputs::Outputs;
     use crate::kernels::quantize::QuantTile;
@@ -89,7 +89,7 @@ mod tests {
                 tile.quantize(cpu, &x, cols);
                 let mut y = vec![f32::NAN; PANEL_ROWS];
                 let out = Outputs::of(&mut y, PANEL_ROWS);
-                packed(cpu, Format::W4Mx, &panel, cols, &tile, Ask::No, out);
+                packed(cpu, Format::W4Mx, &panel, cols, &tile, Reading::PLAIN, out);
                 for (row, exponent) in exponents.iter().enumerate() {
                     let scale = scale(*exponent);
                     assert_eq!(f64::from(scale), (f64::from(*exponent) - 128.0).exp2());
