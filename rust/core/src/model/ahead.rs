@@ -22,11 +22,11 @@ const WAYS: [Reading; 6] = [
 ];
 /// Tokens that go one way one after another: what the first leaves in the caches is the second's.
 const IN_A_ROW: u32 = 2;
-const ROUNDS: u32 = 3;
+const ROUNDS: u32 = 2;
 /// Tokens that are tried at most. The first ones read the weights from disk; the best of each way counts.
 const TRIALS: u32 = WAYS.len() as u32 * IN_A_ROW * ROUNDS;
-/// A way that took this many quarters of the fastest one's time is not tried again.
-const FAR_QUARTERS: u64 = 5;
+/// A way that took this many eighths of the fastest one's time is not tried again.
+const FAR_EIGHTHS: u64 = 9;
 
 /// What trials have found so far.
 pub struct Ahead {
@@ -68,7 +68,7 @@ impl Ahead {
     /// The way that the next single token is to go.
     fn to_try(&self) -> Option<usize> {
         let times: [u64; WAYS.len()] = std::array::from_fn(|way| self.fastest[way].load(Relaxed));
-        let far = times.into_iter().min()?.saturating_mul(FAR_QUARTERS) / 4;
+        let far = times.into_iter().min()?.saturating_mul(FAR_EIGHTHS) / 8;
         loop {
             let trial = self.trials.load(Relaxed);
             let way = (trial / IN_A_ROW) as usize % WAYS.len();
