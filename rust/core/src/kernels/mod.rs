@@ -87,15 +87,16 @@ pub(crate) trait PanelProduct {
     /// Computes `n` panels from `first`, up to R, side by side for M tokens, which are all.
     fn panels<S: Isa, const R: usize, const M: usize>(&mut self, s: S, first: usize, n: usize);
 
-    /// Computes all panels for M tokens, R side by side as far as that goes.
+    /// Computes all panels for M tokens, up to R side by side.
     #[inline(always)]
     fn all<S: Isa, const R: usize, const M: usize>(&mut self, s: S) {
         let (panels, _) = self.size();
+        let most = if self.abreast() { R } else { 1 };
         let mut first = 0;
         while first < panels {
             // Known where R is 1, so that the sums stay in registers. Those of several panels take turns in
             // memory, which few tokens do not notice.
-            let n = if R == 1 { 1 } else { R.min(panels - first) };
+            let n = if R == 1 { 1 } else { most.min(panels - first) };
             self.panels::<S, R, M>(s, first, n);
             first += n;
         }
@@ -108,18 +109,21 @@ pub(crate) trait PanelProduct {
         Self: Sized,
     {
         macro_rules! tokens {
-            (few: $($few:literal)*; any: $($any:literal)*) => {
+            (few: $($few:literal)*; many: $($many:literal)*) => {
                 match self.size().1 {
                     0 => {}
-                    $($few if self.abreast() && $few <= S::TILE_TOKENS => {
+                    // Code for one panel at a time is there where it counts: one token, and whole tiles.
+                    1 if !self.abreast() => self.all::<S, 1, 1>(s),
+                    $($few if $few < S::TILE_TOKENS || self.abreast() && $few == S::TILE_TOKENS => {
                         self.all::<S, ABREAST, $few>(s);
                     })*
-                    $($any if $any <= S::TILE_TOKENS => self.all::<S, 1, $any>(s),)*
+                    $($few if $few == S::TILE_TOKENS => self.all::<S, 1, $few>(s),)*
+                    $($many if $many <= S::TILE_TOKENS => self.all::<S, 1, $many>(s),)*
                     m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
                 }
             };
         }
-        tokens!(few: 1 2 3 4; any: 1 2 3 4 5 6 7 8 9 10 11 12);
+        tokens!(few: 1 2 3 4; many: 5 6 7 8 9 10 11 12);
     }
 }
 
