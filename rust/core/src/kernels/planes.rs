@@ -43,7 +43,8 @@ pub fn product(
 
 /// Estimates of a product with one token, and the variances of their errors.
 ///
-/// planes: n panels of `cols` columns; estimates, variances: [16 n].
+/// planes: n panels of `cols` columns; ask: for them, ahead of their use; estimates, variances: [16 n].
+/// Panics if the lengths disagree or the tile holds more than one token.
 pub fn screen(
     cpu: Cpu,
     planes: Planes<'_>,
