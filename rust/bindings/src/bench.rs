@@ -41,26 +41,33 @@ pub mod kernels {
 
     /// Seconds for `repeats` steps of `tokens` tokens on `heads` states of 128 x 128.
     #[pyfunction]
+    #[pyo3(signature = (isa, heads, tokens, repeats, ask="l1"))]
     fn delta_rule(
         py: Python<'_>,
         isa: &str,
         heads: usize,
         tokens: usize,
         repeats: usize,
+        ask: &str,
     ) -> PyResult<f64> {
         let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
-        detached(py, || Ok(bench::delta_rule(cpu, heads, tokens, repeats).as_secs_f64()))
+        detached(py, || {
+            let ask = bench::ask_named(ask)?;
+            Ok(bench::delta_rule(cpu, heads, tokens, ask, repeats).as_secs_f64())
+        })
     }
 
     /// Seconds for `repeats` passes of four queries over `chunks` chunks of 256 positions of a head of 256
     /// dimensions.
     #[pyfunction]
+    #[pyo3(signature = (isa, kv, chunks, repeats, ask = "l1"))]
     fn attention(
         py: Python<'_>,
         isa: &str,
         kv: &str,
         chunks: usize,
         repeats: usize,
+        ask: &str,
     ) -> PyResult<f64> {
         let cpu = Cpu::named(isa).map_err(|error| exception(py, error))?;
         detached(py, || {
@@ -69,7 +76,8 @@ pub mod kernels {
                 "f16" => false,
                 _ => return Err(Error::Argument(format!("kv is `{kv}`, expected q8 or f16"))),
             };
-            Ok(bench::attention(cpu, bytes, chunks, repeats)?.as_secs_f64())
+            let ask = bench::ask_named(ask)?;
+            Ok(bench::attention(cpu, bytes, chunks, ask, repeats)?.as_secs_f64())
         })
     }
 

@@ -90,7 +90,7 @@ pub fn matmul(
 
 /// Time of `repeats` steps of `tokens` tokens on `heads` states of 128 x 128, each with its own
 /// keys and queries.
-pub fn delta_rule(cpu: Cpu, heads: usize, tokens: usize, repeats: usize) -> Duration {
+pub fn delta_rule(cpu: Cpu, heads: usize, tokens: usize, ask: Ask, repeats: usize) -> Duration {
     const D: usize = 128;
     let tokens = tokens.clamp(1, MAX_TOKENS);
     let mut random = Random::new(2);
@@ -106,6 +106,7 @@ pub fn delta_rule(cpu: Cpu, heads: usize, tokens: usize, repeats: usize) -> Dura
         v: draw(tokens * D),
         y: vec![0.0; tokens * D],
         gates: vec![(-0.1, 0.5); tokens],
+        ask,
     };
     // Once through the window, so that all memory has been written.
     for _ in 0..MAX_CHUNK + 1 {
@@ -125,6 +126,7 @@ struct Step {
     v: Vec<f32>,
     y: Vec<f32>,
     gates: Vec<(f32, f32)>,
+    ask: Ask,
 }
 
 impl Kernel for &mut Step {
@@ -134,10 +136,11 @@ impl Kernel for &mut Step {
         let mut next = KeyQueries::default();
         for (head, pending) in &mut self.heads {
             let d = self.v.len() / self.gates.len();
-            head.ask_isa(s);
+            pending.ask_isa(s, self.ask);
+            head.ask_isa(s, self.ask);
             next.fill_isa(s, d, &self.q, &self.k, pending);
             let (v, y) = (Columns::all(&self.v, d), ColumnsMut::all(&mut self.y, d));
-            head.step_isa(s, &next, pending, &self.gates, v, y);
+            head.step_isa(s, self.ask, &next, pending, &self.gates, v, y);
             pending.advance(&next);
         }
     }
@@ -145,7 +148,13 @@ impl Kernel for &mut Step {
 
 /// Time of `repeats` passes of four queries over `chunks` chunks of [`KV_CHUNK`] positions of one head
 /// of 256 dimensions, kept as bytes or as f16.
-pub fn attention(cpu: Cpu, bytes: bool, chunks: usize, repeats: usize) -> Result<Duration> {
+pub fn attention(
+    cpu: Cpu,
+    bytes: bool,
+    chunks: usize,
+    ask: Ask,
+    repeats: usize,
+) -> Result<Duration> {
     const D: usize = 256;
     let mut random = Random::new(3);
     let mut row = || {
@@ -173,6 +182,7 @@ pub fn attention(cpu: Cpu, bytes: bool, chunks: usize, repeats: usize) -> Result
         scores: vec![0.0; ROWS * KV_CHUNK],
         probabilities: Q8Rows::default(),
         partial: Partial::new(D),
+        ask,
     };
     let start = Instant::now();
     for _ in 0..repeats {
@@ -189,13 +199,14 @@ struct Attend {
     scores: Vec<f32>,
     probabilities: Q8Rows,
     partial: Partial,
+    ask: Ask,
 }
 
 impl Kernel for &mut Attend {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        let Attend { q8, float, queries, queries_q8, scores, probabilities, partial } = self;
+        let Attend { q8, float, queries, queries_q8, scores, probabilities, partial, ask } = self;
         partial.reset();
         let seen = [KV_CHUNK; ROWS];
         queries_q8.reset(queries.len(), attention_q8::GROUP);
@@ -204,12 +215,12 @@ impl Kernel for &mut Attend {
             queries_q8.set_isa(s, r, &query, attention_q8::GROUP);
         }
         for (i, chunk) in q8.iter().enumerate() {
-            let cache = (chunk, q8.get(i + 1));
+            let cache = (chunk, q8.get(i + 1), *ask);
             attention_q8::attend_isa(s, queries_q8, cache, &seen, scores, probabilities, partial);
         }
         for (i, chunk) in float.iter().enumerate() {
             let (k, v) = chunk.split_at(chunk.len() / 2);
-            let cache = (k, v, float.get(i + 1).map_or(&[][..], |next| next));
+            let cache = (k, v, float.get(i + 1).map_or(&[][..], |next| next), *ask);
             attention::attend_isa::<S, F16>(s, queries, cache, &seen, scores, partial);
         }
         std::hint::black_box(&partial.out);

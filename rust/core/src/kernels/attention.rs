@@ -6,7 +6,7 @@
 //! values are f16 or f32, the arithmetic is f32.
 
 use super::activation::exp;
-use super::{AHEAD, Columns, LINE, load_some};
+use super::{AHEAD, Ask, Columns, LINE, load_some};
 use crate::quant::float::Float;
 use crate::simd::{Isa, LANES};
 
@@ -18,6 +18,7 @@ use crate::simd::{Isa, LANES};
 pub(super) struct Stream<'a, T> {
     pub items: &'a [T],
     pub next: &'a [T],
+    pub ask: Ask,
 }
 
 impl<'a, T> Stream<'a, T> {
@@ -63,13 +64,14 @@ impl Partial {
 ///
 /// q: [head_dim, ROWS], scaled by head_dim^(-1/2); k: [positions / 16, head_dim, 16] and
 /// v: [positions, padded head_dim] in the format of the cache; next: keys that are read afterwards, if
-/// any; seen: how many of the chunk's first positions each row attends to; scores: work space of at
+/// any; ask: how to
+/// ask for keys and values; seen: how many of the chunk's first positions each row attends to; scores: work space of at
 /// least [ROWS, positions].
 #[inline(always)]
 pub fn attend_isa<S: Isa, F: Float>(
     s: S,
     q: &[[f32; ROWS]],
-    (k, v, next): (&[u8], &[u8], &[u8]),
+    (k, v, next, ask): (&[u8], &[u8], &[u8], Ask),
     seen: &[usize; ROWS],
     scores: &mut [f32],
     partial: &mut Partial,
@@ -82,7 +84,7 @@ pub fn attend_isa<S: Isa, F: Float>(
     let blocks = positions.div_ceil(LANES);
     let padded_dim = partial.out.len() / ROWS;
     let v = &v[..positions * padded_dim * F::BYTES];
-    let keys = Stream { items: &k[..blocks * LANES * q.len() * F::BYTES], next: v };
+    let keys = Stream { items: &k[..blocks * LANES * q.len() * F::BYTES], next: v, ask };
     let mut b = 0;
     while b + 2 <= blocks {
         scores_isa::<S, F, 2>(s, q, keys, b, stride, scores);
@@ -92,7 +94,7 @@ pub fn attend_isa<S: Isa, F: Float>(
         scores_isa::<S, F, 1>(s, q, keys, b, stride, scores);
     }
     softmax_isa(s, seen, blocks * LANES, scores, partial);
-    let values = Stream { items: v, next };
+    let values = Stream { items: v, next, ask };
     for first in (0..positions).step_by(LANES) {
         let width = (positions - first).min(LANES);
         let probabilities = Columns { data: &scores[first..], width, stride };
@@ -181,12 +183,12 @@ fn scores_isa<S: Isa, F: Float, const P: usize>(
     let ahead = k.ahead(b * block_bytes, P * block_bytes);
     for (i, q) in q.iter().enumerate() {
         for p in 0..P {
-            let k = F::load(s, &blocks[p][i * row_bytes..(i + 1) * row_bytes]);
+            let keys = F::load(s, &blocks[p][i * row_bytes..(i + 1) * row_bytes]);
             if (i * row_bytes).is_multiple_of(LINE) {
-                s.prefetch(ahead, p * block_bytes + i * row_bytes);
+                k.ask.line(s, ahead, p * block_bytes + i * row_bytes);
             }
             for r in 0..ROWS {
-                acc[p][r] = s.fma(k, s.splat(q[r]), acc[p][r]);
+                acc[p][r] = s.fma(keys, s.splat(q[r]), acc[p][r]);
             }
         }
     }
@@ -225,12 +227,12 @@ fn values_isa<S: Isa, F: Float, const V: usize>(
     // The passes over a block of positions ask for a part of the next each, in the order of memory.
     let part = V * LANES * F::BYTES;
     let asked = d * F::BYTES * probabilities.width;
-    let v = &v.items[first * bytes..][..block_bytes];
+    let (ask, v) = (v.ask, &v.items[first * bytes..][..block_bytes]);
     for (position, v) in v.chunks_exact(bytes).enumerate() {
         let v = &v[d * F::BYTES..][..part];
         for i in 0..V {
             if (i * LANES * F::BYTES).is_multiple_of(LINE) {
-                s.prefetch(ahead, asked + position * part + i * LANES * F::BYTES);
+                ask.line(s, ahead, asked + position * part + i * LANES * F::BYTES);
             }
             let v = F::load(s, &v[i * LANES * F::BYTES..(i + 1) * LANES * F::BYTES]);
             for r in 0..ROWS {
@@ -253,7 +255,7 @@ mod tests {
     #[test]
     fn what_is_ahead_goes_on_behind_the_end() {
         let (items, next) = ([0u8; 3 * AHEAD], [1u8; AHEAD + 1]);
-        let stream = Stream { items: &items, next: &next };
+        let stream = Stream { items: &items, next: &next, ask: Ask::No };
         for (at, step, want) in [
             (0, 64, &items[AHEAD..]),
             (AHEAD, 2 * AHEAD, &next[..]),

@@ -12,7 +12,7 @@
 //! the exact ones.
 
 use super::attention::{Partial, ROWS, Stream, softmax_isa};
-use super::load_some;
+use super::{Ask, load_some};
 use crate::error::Result;
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use crate::tensor::filled;
@@ -218,13 +218,13 @@ impl Q8Rows {
 /// Adds a chunk of positions.
 ///
 /// q: rows of head_dim, scaled by head_dim^(-1/2), in groups of [`GROUP`]; next: the chunk that is read
-/// afterwards, if any; seen: how many of the first positions each row attends to; scores: work space of
+/// afterwards, if any; ask: how to ask for keys and values; seen: how many of the first positions each row attends to; scores: work space of
 /// [ROWS, positions]; probabilities: work space.
 #[inline(always)]
 pub fn attend_isa<S: Isa>(
     s: S,
     q: &Q8Rows,
-    (cache, next): (&Q8Positions, Option<&Q8Positions>),
+    (cache, next, ask): (&Q8Positions, Option<&Q8Positions>, Ask),
     seen: &[usize; ROWS],
     scores: &mut [f32],
     probabilities: &mut Q8Rows,
@@ -238,7 +238,7 @@ pub fn attend_isa<S: Isa>(
     let blocks = positions / LANES;
     let vectors = cache.head_dim.div_ceil(LANES);
     let v = &cache.v[..positions / 4 * vectors];
-    let k = Stream { items: &cache.k[..blocks * q.codes.len()], next: v };
+    let k = Stream { items: &cache.k[..blocks * q.codes.len()], next: v, ask };
     let mut b = 0;
     while b < blocks {
         if S::REGISTERS >= 32 {
@@ -258,7 +258,7 @@ pub fn attend_isa<S: Isa>(
         }
         probabilities.set_isa(s, r, row, BLOCK);
     }
-    let v = Stream { items: v, next: next.map_or(&[], |next| &next.k) };
+    let v = Stream { items: v, next: next.map_or(&[], |next| &next.k), ask };
     for block in 0..positions / BLOCK {
         let mut i = 0;
         if S::REGISTERS >= 32 {
@@ -295,10 +295,10 @@ fn scores_isa<S: Isa, const P: usize>(
         }
         for (t, codes) in codes.iter().enumerate() {
             for p in 0..P {
-                let k = s.load_bytes(&lines[p][t].0);
-                s.prefetch(ahead, (p * steps + g * GROUP / 4 + t) * size_of::<Line>());
+                let keys = s.load_bytes(&lines[p][t].0);
+                k.ask.line(s, ahead, (p * steps + g * GROUP / 4 + t) * size_of::<Line>());
                 for r in 0..ROWS {
-                    acc[p][r] = s.dot_bytes(acc[p][r], k, s.splat_bytes(codes[r]));
+                    acc[p][r] = s.dot_bytes(acc[p][r], keys, s.splat_bytes(codes[r]));
                 }
             }
         }
@@ -335,14 +335,14 @@ fn values_isa<S: Isa, const V: usize>(
         acc[r] = [start[r]; V];
     }
     let ahead = v.ahead(block * STEPS * vectors, STEPS * vectors);
-    let lines = &v.items[block * STEPS * vectors..][..STEPS * vectors];
+    let (ask, lines) = (v.ask, &v.items[block * STEPS * vectors..][..STEPS * vectors]);
     let codes = &probabilities.codes[block * STEPS..][..STEPS];
     for (t, (codes, lines)) in codes.iter().zip(lines.chunks_exact(vectors)).enumerate() {
         let lines = &lines[first..][..V];
         for i in 0..V {
             let v = s.load_bytes(&lines[i].0);
             // The passes over a block ask for a part of the next each, in the order of memory.
-            s.prefetch(ahead, (first * STEPS + t * V + i) * size_of::<Line>());
+            ask.line(s, ahead, (first * STEPS + t * V + i) * size_of::<Line>());
             for r in 0..ROWS {
                 acc[r][i] = s.dot_bytes(acc[r][i], v, s.splat_bytes(codes[r]));
             }
@@ -399,7 +399,7 @@ mod tests {
                     seen[*row] = n.saturating_sub(c * CHUNK).min(CHUNK);
                 }
                 let p = &mut probabilities;
-                let chunks = (chunk, self.cache.get(c + 1));
+                let chunks = (chunk, self.cache.get(c + 1), Ask::No);
                 attend_isa(s, &q, chunks, &seen, &mut scores, p, &mut partial);
             }
             partial

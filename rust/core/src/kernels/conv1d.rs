@@ -51,7 +51,9 @@ fn windows<S: Isa, const HISTORY: usize>(
         }
         let last_tap = load_some(s, &taps[HISTORY * channels..][c..end]);
         for t in 0..tokens {
-            let input = load_some(s, x.part(t, c..end));
+            let row = x.part(t, c..end);
+            s.prefetch(row, LANES * size_of::<f32>());
+            let input = load_some(s, row);
             let mut sum = s.splat(0.0);
             for j in 0..HISTORY {
                 sum = s.fma(tap[j], window[j], sum);

@@ -19,7 +19,7 @@
 //!
 //! q and k arrive normalised, q scaled by d_k^(-1/2). All arithmetic is f32.
 
-use super::{Columns, ColumnsMut, ask, dot, load_some, store_some};
+use super::{Ask, Columns, ColumnsMut, dot, load_some, store_some};
 use crate::simd::{Isa, LANES};
 
 /// The most tokens in a chunk and in a window, on any instruction set.
@@ -131,6 +131,12 @@ impl PendingKeys {
         PendingKeys { tokens: 0, keys: vec![0.0; MAX_CHUNK * d_k] }
     }
 
+    /// Asks for what [`KeyQueries::fill_isa`] reads.
+    #[inline(always)]
+    pub fn ask_isa<S: Isa>(&self, s: S, ask: Ask) {
+        ask.lines(s, &self.keys[..self.keys.len() / MAX_CHUNK * self.tokens], usize::MAX);
+    }
+
     /// To be called when all value heads have taken `next`.
     pub fn advance(&mut self, next: &KeyQueries) {
         if let Some(last) = next.chunks.last() {
@@ -212,19 +218,20 @@ impl ValueHead {
 
     /// Asks for what [`ValueHead::step_isa`] reads first.
     #[inline(always)]
-    pub fn ask_isa<S: Isa>(&self, s: S) {
-        ask(s, self.state.as_flattened(), STATE_AHEAD);
-        ask(s, self.pending.as_flattened().as_flattened(), usize::MAX);
+    pub fn ask_isa<S: Isa>(&self, s: S, ask: Ask) {
+        ask.lines(s, self.pending.as_flattened().as_flattened(), usize::MAX);
+        ask.lines(s, self.state.as_flattened(), STATE_AHEAD);
     }
 
     /// Takes some tokens.
     ///
-    /// next: their keys and queries; before: the pending keys from earlier; gates: (g, beta) per
+    /// ask: how to ask for the state; next: their keys and queries; before: the pending keys from earlier; gates: (g, beta) per
     /// token; v, y: [tokens.., d_v].
     #[inline(always)]
     pub fn step_isa<S: Isa>(
         &mut self,
         s: S,
+        ask: Ask,
         next: &KeyQueries,
         before: &PendingKeys,
         gates: &[(f32, f32)],
@@ -250,6 +257,8 @@ impl ValueHead {
                 let (kept, n) = (chunk.kept, chunk.tokens);
                 let update = if kept > 0 { 0 } else { earlier.0 };
                 let window = Window { decay, keys: earlier.1, update: pending };
+                // What the first pass has asked for is there for the next ones.
+                let ask = if c == 0 { ask } else { Ask::No };
                 let mut p = [s.splat(0.0); MAX_CHUNK];
                 let mut o = [s.splat(0.0); MAX_CHUNK];
                 macro_rules! passes {
@@ -257,7 +266,7 @@ impl ValueHead {
                         match (update, n) {
                             $($(($a, $t) if usize::max($a, $t) <= S::DELTA_TOKENS => {
                                 pass::<S, $a, $t>(
-                                    s, block, &window, &chunk.rows, c == 0,
+                                    s, block, &window, &chunk.rows, ask,
                                     (&mut p[..$t]).try_into().expect("t products"),
                                     (&mut o[..$t]).try_into().expect("t products"),
                                 )
@@ -375,7 +384,7 @@ fn pass<S: Isa, const A: usize, const T: usize>(
     block: &mut [[f32; LANES]],
     window: &Window<'_>,
     next: &[f32],
-    ahead: bool,
+    ask: Ask,
     p: &mut [S::F; T],
     o: &mut [S::F; T],
 ) {
@@ -392,9 +401,7 @@ fn pass<S: Isa, const A: usize, const T: usize>(
     macro_rules! row {
         ($i:expr, $row:expr, $sums:expr) => {{
             let ([p, o], row) = ($sums, $row);
-            if ahead {
-                s.prefetch(&row[..], STATE_AHEAD);
-            }
+            ask.line(s, &row[..], STATE_AHEAD);
             let mut x = s.load(row);
             if A > 0 {
                 x = s.mul(x, decay);
@@ -452,7 +459,7 @@ mod tests {
             let mut next = KeyQueries::default();
             next.fill_isa(s, self.d_k, self.q, self.k, self.pending);
             let (v, y) = (Columns::all(self.v, self.d_v), ColumnsMut::all(self.y, self.d_v));
-            self.head.step_isa(s, &next, self.pending, self.gates, v, y);
+            self.head.step_isa(s, Ask::No, &next, self.pending, self.gates, v, y);
             self.pending.advance(&next);
         }
     }

@@ -8,6 +8,7 @@
 use super::linear::{Input, Matrix, project, project_named};
 use super::{Context, FEW_TOKENS};
 use crate::config::Config;
+use crate::kernels::Ask;
 use crate::kernels::activation::sigmoid;
 use crate::kernels::attention::{Partial, ROWS, attend_isa};
 use crate::kernels::attention_q8::{self, Q8Rows};
@@ -363,11 +364,14 @@ impl Kernel for Attend<'_> {
                         *seen = past.saturating_sub(c * KV_CHUNK).min(KV_CHUNK);
                     }
                 }
+                // The first group's asking serves all.
+                let ask = if group == 0 { unit.ctx.reading.of_short_streams() } else { Ask::No };
                 let q = &scratch.queries[group * dim..][..dim];
                 let (scores, partial) = (&mut scratch.scores, &mut scratch.partials[group]);
                 match &***chunk {
                     KvChunk::Float { format, k, v } => {
-                        let cache = (&k[..], &v[..], next.map_or(&[][..], KvChunk::float_keys));
+                        let next = next.map_or(&[][..], KvChunk::float_keys);
+                        let cache = (&k[..], &v[..], next, ask);
                         match format {
                             Format::F16 => {
                                 attend_isa::<S, F16>(s, q, cache, &seen, scores, partial)
@@ -377,7 +381,7 @@ impl Kernel for Attend<'_> {
                     }
                     KvChunk::Q8(positions) => {
                         let (q, p) = (&scratch.queries_q8[group], &mut scratch.probabilities);
-                        let cache = (positions, next.and_then(KvChunk::q8));
+                        let cache = (positions, next.and_then(KvChunk::q8), ask);
                         attention_q8::attend_isa(s, q, cache, &seen, scores, p, partial)
                     }
                 }

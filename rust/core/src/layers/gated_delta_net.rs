@@ -12,7 +12,7 @@ use crate::kernels::activation::gates;
 use crate::kernels::conv1d::conv1d_silu_isa;
 use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS};
 use crate::kernels::norm::{gated_rms_norm_isa, l2_norm_isa};
-use crate::kernels::{Columns, ColumnsMut, ask};
+use crate::kernels::{Ask, Columns, ColumnsMut};
 use crate::pool::Tile;
 use crate::profile::Part;
 use crate::simd::{Isa, Kernel};
@@ -167,13 +167,15 @@ impl Kernel for Unit<'_> {
     #[inline(always)]
     fn run<S: Isa>(mut self, s: S) {
         let tokens = self.y.rows().len() / self.layer.heads.rows();
+        let ask = self.ctx.reading.of_short_streams();
         // What is read from memory comes while the first of it is worked on.
         for (taps, state) in self.layer.conv1d[self.key].iter().zip(&self.state.conv) {
-            ask(s, taps, usize::MAX);
-            ask(s, state, usize::MAX);
+            ask.lines(s, taps, usize::MAX);
+            ask.lines(s, state, usize::MAX);
         }
+        self.state.pending.ask_isa(s, ask);
         for value in &self.state.values {
-            value.ask_isa(s);
+            value.ask_isa(s, ask);
         }
         let mut first = 0;
         while first < tokens {
@@ -188,7 +190,7 @@ impl Unit<'_> {
     /// `n` tokens from `first`.
     #[inline(always)]
     fn tokens<S: Isa>(&mut self, s: S, first: usize, n: usize) {
-        let heads = self.layer.heads;
+        let (heads, ask) = (self.layer.heads, self.ctx.reading.of_short_streams());
         let Heads { keys, values_per_key, d_k, d_v, eps, .. } = heads;
         let (key, width) = (self.key, self.width);
         let rows = &self.projected[first * width..];
@@ -233,10 +235,12 @@ impl Unit<'_> {
             gate_values.clear();
             for row in rows.chunks_exact(width).take(n) {
                 gate_values.push(gates(row[a_col + head], row[b_col + head], rate, dt_bias));
+                // Rows lie too far apart for the hardware to follow.
+                Ask::ToL2.lines(s, &row[z_col + head * d_v..][..d_v], usize::MAX);
             }
             let v = Columns { data: &v[i * d_v..], width: d_v, stride: v_width };
             let out = ColumnsMut::all(y, d_v);
-            value_head.step_isa(s, key_queries, &self.state.pending, gate_values, v, out);
+            value_head.step_isa(s, ask, key_queries, &self.state.pending, gate_values, v, out);
             if let Some(trace) = self.ctx.trace {
                 let n_heads = self.layer.rate.len();
                 let numbered = |rows| (first..).zip(rows);
