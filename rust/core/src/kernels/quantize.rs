@@ -14,7 +14,7 @@ use crate::simd::{Cpu, Isa, Kernel, LANES};
 pub struct QuantTile {
     tokens: usize,
     codes: Vec<[i8; 4]>, // [cols / 4, tokens]
-    starts: Vec<i32>,    // [cols / 32, 5, tokens], see START_ZEROS
+    starts: Vec<i32>,    // [cols / 32, 6, tokens], see START_ZEROS
     scales: Vec<f32>,    // [cols / 32, tokens]
     totals: Vec<f32>,    // [cols / 32, tokens], scale times sum
 }
@@ -131,7 +131,7 @@ impl Kernel for Quantize<'_> {
                 let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
                 let halves = [s.sum_i32(low), s.sum_i32(high)];
                 let sum = halves[0] + halves[1];
-                for (i, sum) in [sum, sum, sum, halves[0], halves[1]].into_iter().enumerate() {
+                for (i, sum) in [sum, sum, sum, sum, halves[0], halves[1]].into_iter().enumerate() {
                     starts[i * tokens + t] = -START_ZEROS[i] * sum;
                 }
                 scales[t] = largest / 127.0;
@@ -178,9 +178,10 @@ mod tests {
                             assert!(error <= scale * 0.5001, "{cpu:?} {t} {group} {i}: {v} {code}");
                         }
                         let starts = &tile.starts[group * START_ZEROS.len() * tokens..];
-                        for (i, sum) in [8 * sum, 128 * sum, 32 * sum, 32 * half, 32 * (sum - half)]
-                            .into_iter()
-                            .enumerate()
+                        for (i, sum) in
+                            [8 * sum, 16 * sum, 32 * sum, 128 * sum, 32 * half, 32 * (sum - half)]
+                                .into_iter()
+                                .enumerate()
                         {
                             assert_eq!(starts[i * tokens + t], -sum);
                         }

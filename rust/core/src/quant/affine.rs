@@ -91,7 +91,7 @@ impl Packed for W5Affine {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block);
-        add_five_bits(s, &block[SCALE_BYTES..].as_chunks().0[0], scales, x, acc);
+        add_five_bits(s, &block[SCALE_BYTES..].as_chunks().0[0], &[0; M], scales, x, acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 

@@ -110,18 +110,20 @@ fn decode_affine(block: &[u8], row: usize, g: usize, code: u8) -> f32 {
     d * byte(A) * f32::from(code) - m * byte(B)
 }
 
-/// acc += scales times the products of a group's codes of five bits with M tokens.
+/// acc += scales times the products of a group's codes of five bits with M tokens. starts: what the dot
+/// products begin with.
 #[inline(always)]
 pub(super) fn add_five_bits<S: Isa, const M: usize>(
     s: S,
     codes: &[u8; FIVE_BITS],
+    starts: &[i32; M],
     scales: S::F,
     x: Group<'_, M>,
     acc: &mut [S::F; M],
 ) {
     let (plane, steps) = codes.as_chunks().0.split_first().expect("a plane is there");
     let steps = steps.first_chunk().expect("four steps");
-    s.add_five_bits_group(plane, steps, x.codes, (scales, x.scales), acc);
+    s.add_five_bits_group(plane, steps, x.codes, starts, (scales, x.scales), acc);
 }
 
 /// Puts a group's codes of five bits in their order.
@@ -199,7 +201,7 @@ impl Packed for W5K {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block, g);
-        add_five_bits(s, &block[AFFINE..].as_chunks().0[g], scales, x, acc);
+        add_five_bits(s, &block[AFFINE..].as_chunks().0[g], &[0; M], scales, x, acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 

@@ -242,9 +242,9 @@ impl Format {
 }
 
 /// What the dot products of a group begin with, so that a code of weights may stand for itself less a
-/// zero: -zero times the sum of the token's codes. Of the whole group for zeros of 8, 128 and 32, then of
-/// its two halves for 32.
-pub const START_ZEROS: [i32; 5] = [8, 128, 32, 32, 32];
+/// zero: -zero times the sum of the token's codes. Of the whole group for zeros of 8, 16, 32 and 128, then
+/// of its two halves for 32.
+pub const START_ZEROS: [i32; 6] = [8, 16, 32, 128, 32, 32];
 
 /// Int8 activations of a group of columns for M tokens, tokens innermost.
 #[derive(Clone, Copy)]
@@ -265,9 +265,9 @@ impl<const M: usize> Group<'_, M> {
         &self.starts[0]
     }
 
-    /// -128 times the sum of each token's codes.
+    /// -16 times the sum of each token's codes.
     #[inline(always)]
-    fn starts_at_128(&self) -> &[i32; M] {
+    fn starts_at_16(&self) -> &[i32; M] {
         &self.starts[1]
     }
 
@@ -277,10 +277,16 @@ impl<const M: usize> Group<'_, M> {
         &self.starts[2]
     }
 
+    /// -128 times the sum of each token's codes.
+    #[inline(always)]
+    fn starts_at_128(&self) -> &[i32; M] {
+        &self.starts[3]
+    }
+
     /// -32 times the sum of each token's codes in one half of the columns.
     #[inline(always)]
     fn starts_of_half(&self, half: usize) -> &[i32; M] {
-        &self.starts[3 + half]
+        &self.starts[4 + half]
     }
 }
 

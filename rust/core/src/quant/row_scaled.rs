@@ -26,7 +26,7 @@ use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code, put_five_bits};
 use super::search::{self, Codes, Entries, Integers, Table};
 use super::w4::{nibble, put_nibbles};
 use super::w4_nl;
-use super::{GROUP, Group, Packed, Rows, add_offsets};
+use super::{GROUP, Group, Packed, Rows};
 use crate::simd::{Isa, Kernel, LANES};
 use std::marker::PhantomData;
 
@@ -159,8 +159,7 @@ impl GroupCodes for Fives {
         acc: &mut [S::F; M],
     ) {
         let codes = codes.first_chunk().expect("the codes of a group");
-        add_five_bits(s, codes, scales, x, acc);
-        add_offsets(s, s.mul(s.splat(-16.0), scales), x.totals, acc);
+        add_five_bits(s, codes, x.starts_at_16(), scales, x, acc);
     }
 
     fn number(codes: &[u8], row: usize, col: usize) -> f32 {

@@ -514,11 +514,13 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         plane: &[u8; 4 * LANES],
         codes: &[[u8; 4 * LANES]; 4],
         x: &[[[i8; 4]; M]; 8],
+        starts: &[i32; M],
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
         if VNNI {
-            return add_scaled(self, each_token::five_bits(self, plane, codes, x), scales, acc);
+            let dots = each_token::five_bits(self, plane, codes, x, starts);
+            return add_scaled(self, dots, scales, acc);
         }
         for half in 0..2 {
             let plane = eight_rows(plane, half);
@@ -534,7 +536,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                 self.insert_in_eight::<-3, 0x10>(h, plane),
             ];
             for m in 0..M {
-                let dots = self.dots_of_eight::<8, 4, M>(w, x, 0, m);
+                let dots = self.dots_of_eight::<8, 4, M>(w, x, starts[m], m);
                 acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
             }
         }

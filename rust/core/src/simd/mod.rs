@@ -179,18 +179,19 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) {
         add_scaled(self, self.dot_nibbles_group(codes, x, starts), scales, acc);
     }
-    /// As `add_nibbles_group` for codes of five bits without a zero: bit t of `plane` is the fifth of
-    /// the codes of step t.
+    /// As `add_nibbles_group` for codes of five bits: bit t of `plane` is the fifth of the codes of step
+    /// t.
     #[inline(always)]
     fn add_five_bits_group<const M: usize>(
         self,
         plane: &[u8; 4 * LANES],
         codes: &[[u8; 4 * LANES]; 4],
         x: &[[[i8; 4]; M]; 8],
+        starts: &[i32; M],
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
-        add_scaled(self, each_token::five_bits(self, plane, codes, x), scales, acc);
+        add_scaled(self, each_token::five_bits(self, plane, codes, x, starts), scales, acc);
     }
     /// As `add_nibbles_group` for codes that are places in a table of codes of six bits.
     #[inline(always)]
@@ -319,9 +320,13 @@ mod each_token {
         plane: &[u8; 4 * LANES],
         codes: &[[u8; 4 * LANES]; 4],
         x: &[[[i8; 4]; M]; 8],
+        starts: &[i32; M],
     ) -> [S::I; M] {
         let plane = s.load_bytes(plane);
         let mut acc = [s.splat_i32(0); M];
+        for m in 0..M {
+            acc[m] = s.splat_i32(starts[m]);
+        }
         macro_rules! steps {
             ($(($t:literal, $first:literal, $second:literal))*) => {$(
                 let w = s.load_bytes(&codes[$t]);
