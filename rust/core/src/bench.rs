@@ -140,7 +140,7 @@ impl Kernel for &mut Step {
             head.ask_isa(s, self.ask);
             next.fill_isa(s, d, &self.q, &self.k, pending);
             let (v, y) = (Columns::all(&self.v, d), ColumnsMut::all(&mut self.y, d));
-            head.step_isa(s, self.ask, &next, pending, &self.gates, v, y);
+            head.step_isa(s, self.ask, (&next, pending), &self.gates, v, y);
             pending.advance(&next);
         }
     }

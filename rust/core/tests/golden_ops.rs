@@ -9,7 +9,7 @@ use qdelta_core::kernels::matmul;
 use qdelta_core::kernels::norm::{gated_rms_norm_isa, l2_norm_isa, rms_norm};
 use qdelta_core::kernels::outputs::Outputs;
 use qdelta_core::kernels::rope::{Rope, rotate};
-use qdelta_core::kernels::{Columns, ColumnsMut};
+use qdelta_core::kernels::{Ask, Columns, ColumnsMut};
 use qdelta_core::layers::attention::{self, Attention, Positions, Workspace};
 use qdelta_core::layers::linear::{Input, Matrix};
 use qdelta_core::layers::{Context, per_thread};
@@ -254,7 +254,7 @@ fn delta_rule_file(name: &str) {
                         let gates = &gates[first..end];
                         let v = Columns::all(&v[v_part.clone()], d_v);
                         let y = ColumnsMut::all(&mut y[v_part], d_v);
-                        value.step_isa(s, &next, pending, gates, v, y);
+                        value.step_isa(s, Ask::No, (&next, pending), gates, v, y);
                         pending.advance(&next);
                     }
                 });

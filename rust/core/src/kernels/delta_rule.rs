@@ -225,15 +225,14 @@ impl ValueHead {
 
     /// Takes some tokens.
     ///
-    /// ask: how to ask for the state; next: their keys and queries; before: the pending keys from earlier; gates: (g, beta) per
-    /// token; v, y: [tokens.., d_v].
+    /// ask: how to ask for the state; next: their keys and queries; before: the pending keys from
+    /// earlier; gates: (g, beta) per token; v, y: [tokens.., d_v].
     #[inline(always)]
     pub fn step_isa<S: Isa>(
         &mut self,
         s: S,
         ask: Ask,
-        next: &KeyQueries,
-        before: &PendingKeys,
+        (next, before): (&KeyQueries, &PendingKeys),
         gates: &[(f32, f32)],
         v: Columns<'_>,
         mut y: ColumnsMut<'_>,
@@ -459,7 +458,7 @@ mod tests {
             let mut next = KeyQueries::default();
             next.fill_isa(s, self.d_k, self.q, self.k, self.pending);
             let (v, y) = (Columns::all(self.v, self.d_v), ColumnsMut::all(self.y, self.d_v));
-            self.head.step_isa(s, Ask::No, &next, self.pending, self.gates, v, y);
+            self.head.step_isa(s, Ask::No, (&next, self.pending), self.gates, v, y);
             self.pending.advance(&next);
         }
     }

@@ -240,7 +240,8 @@ impl Unit<'_> {
             }
             let v = Columns { data: &v[i * d_v..], width: d_v, stride: v_width };
             let out = ColumnsMut::all(y, d_v);
-            value_head.step_isa(s, ask, key_queries, &self.state.pending, gate_values, v, out);
+            let keys = (&*key_queries, &self.state.pending);
+            value_head.step_isa(s, ask, keys, gate_values, v, out);
             if let Some(trace) = self.ctx.trace {
                 let n_heads = self.layer.rate.len();
                 let numbered = |rows| (first..).zip(rows);
