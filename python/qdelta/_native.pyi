@@ -396,14 +396,14 @@ class kernels:  # a module
         """
 
     @staticmethod
-    def delta_rule(isa: str, heads: int, tokens: int, repeats: int) -> float:
-        """Steps of `tokens` tokens on `heads` states of 128 x 128."""
+    def delta_rule(isa: str, heads: int, tokens: int, repeats: int, ask: str = "l1") -> float:
+        """Steps of `tokens` tokens on `heads` states of 128 x 128. ask: as for `matmul`."""
 
     @staticmethod
-    def attention(isa: str, kv: str, chunks: int, repeats: int) -> float:
+    def attention(isa: str, kv: str, chunks: int, repeats: int, ask: str = "l1") -> float:
         """Passes of four queries over `chunks` chunks of 256 positions of a head of 256 dimensions.
 
-        kv: q8 or f16.
+        kv: q8 or f16. ask: as for `matmul`.
         """
 
     @staticmethod
