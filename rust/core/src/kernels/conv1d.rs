@@ -52,6 +52,7 @@ fn windows<S: Isa, const HISTORY: usize>(
         let last_tap = load_some(s, &taps[HISTORY * channels..][c..end]);
         for t in 0..tokens {
             let row = x.part(t, c..end);
+            // For the next channels: rows of a prompt lie too far apart for the hardware to follow.
             s.prefetch(row, LANES * size_of::<f32>());
             let input = load_some(s, row);
             let mut sum = s.splat(0.0);

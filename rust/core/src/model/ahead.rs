@@ -4,8 +4,9 @@
 //! next lines were asked for in time, of several streams on some hardware. Which way is best is the
 //! hardware's: a Zen 5 decodes up to 1.5 times as fast with asking, and 1.03 times that if lines get no
 //! place in the larger caches; a Granite Rapids then half as fast, and 1.07 times as fast with four panels
-//! side by side; a Zen 4 best without asking, and at 0.7 of that with asking into the first level. So the first tokens of a model go through the layers, and through the head, in each way,
-//! and the fastest stays, for each of both. The results have the same bits.
+//! side by side; a Zen 4 best without asking, and at 0.7 of that with asking into the first level. So the
+//! first tokens of a model go through the layers, and through the head, in each way, and the fastest stays,
+//! for each of both. The results have the same bits.
 
 use crate::kernels::{Ask, Reading};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
