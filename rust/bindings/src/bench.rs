@@ -41,7 +41,7 @@ pub mod kernels {
 
     /// Seconds for `repeats` steps of `tokens` tokens on `heads` states of 128 x 128.
     #[pyfunction]
-    #[pyo3(signature = (isa, heads, tokens, repeats, ask="l1"))]
+    #[pyo3(signature = (isa, heads, tokens, repeats, ask = "l1"))]
     fn delta_rule(
         py: Python<'_>,
         isa: &str,

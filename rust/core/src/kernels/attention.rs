@@ -64,9 +64,8 @@ impl Partial {
 ///
 /// q: [head_dim, ROWS], scaled by head_dim^(-1/2); k: [positions / 16, head_dim, 16] and
 /// v: [positions, padded head_dim] in the format of the cache; next: keys that are read afterwards, if
-/// any; ask: how to
-/// ask for keys and values; seen: how many of the chunk's first positions each row attends to; scores: work space of at
-/// least [ROWS, positions].
+/// any; ask: how to ask for keys and values; seen: how many of the chunk's first positions each row
+/// attends to; scores: work space of at least [ROWS, positions].
 #[inline(always)]
 pub fn attend_isa<S: Isa, F: Float>(
     s: S,

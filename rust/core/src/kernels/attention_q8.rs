@@ -218,8 +218,8 @@ impl Q8Rows {
 /// Adds a chunk of positions.
 ///
 /// q: rows of head_dim, scaled by head_dim^(-1/2), in groups of [`GROUP`]; next: the chunk that is read
-/// afterwards, if any; ask: how to ask for keys and values; seen: how many of the first positions each row attends to; scores: work space of
-/// [ROWS, positions]; probabilities: work space.
+/// afterwards, if any; ask: how to ask for keys and values; seen: how many of the first positions each row
+/// attends to; scores: work space of [ROWS, positions]; probabilities: work space.
 #[inline(always)]
 pub fn attend_isa<S: Isa>(
     s: S,
@@ -399,7 +399,7 @@ mod tests {
                     seen[*row] = n.saturating_sub(c * CHUNK).min(CHUNK);
                 }
                 let p = &mut probabilities;
-                let chunks = (chunk, self.cache.get(c + 1), Ask::No);
+                let chunks = (chunk, self.cache.get(c + 1), Ask::ALL[c % Ask::ALL.len()]);
                 attend_isa(s, &q, chunks, &seen, &mut scores, p, &mut partial);
             }
             partial

@@ -446,6 +446,7 @@ mod tests {
         k: &'a [f32],
         v: &'a [f32],
         gates: &'a [(f32, f32)],
+        ask: Ask,
         head: &'a mut ValueHead,
         pending: &'a mut PendingKeys,
         y: &'a mut [f32],
@@ -458,7 +459,7 @@ mod tests {
             let mut next = KeyQueries::default();
             next.fill_isa(s, self.d_k, self.q, self.k, self.pending);
             let (v, y) = (Columns::all(self.v, self.d_v), ColumnsMut::all(self.y, self.d_v));
-            self.head.step_isa(s, Ask::No, (&next, self.pending), self.gates, v, y);
+            self.head.step_isa(s, self.ask, (&next, self.pending), self.gates, v, y);
             self.pending.advance(&next);
         }
     }
@@ -530,6 +531,7 @@ mod tests {
                             k: &k[at * d_k..(at + n) * d_k],
                             v: &v[at * d_v..(at + n) * d_v],
                             gates: &gates[at..at + n],
+                            ask: Ask::ALL[at % Ask::ALL.len()],
                             head: &mut head,
                             pending: &mut pending,
                             y: &mut y[at * d_v..(at + n) * d_v],
