@@ -344,7 +344,7 @@ impl Int8Peak {
         let codes = s.load_bytes(std::hint::black_box(&[1; 4 * LANES]));
         // Other factors in each product, so that none is taken out of the loop.
         let x: [[i8; 4]; 64] = std::hint::black_box(std::array::from_fn(|i| [i as i8; 4]));
-        let mut acc = [s.zero_nibbles(); N];
+        let mut acc = [s.start_nibbles(0); N];
         for round in 0..self.rounds {
             for i in 0..N {
                 let x = s.splat_bytes(x[(round + i) % x.len()]);

@@ -232,7 +232,7 @@ fn pair_dots<S: Isa, const M: usize>(s: S, plane: &[u8; STEP], x: &[[[i8; 4]; M]
         s.insert_bits::<-4, 3>(none, plane),
         s.insert_bits::<-6, 3>(none, plane),
     ];
-    let mut acc = [s.zero_nibbles(); M];
+    let mut acc = [s.start_nibbles(0); M];
     for t in 0..4 {
         for m in 0..M {
             acc[m] = s.dot_nibbles(acc[m], codes[t], s.splat_bytes(x[t][m]));

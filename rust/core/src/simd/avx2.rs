@@ -409,7 +409,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         op!(_mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))))
     }
     #[inline(always)]
-    fn zero_nibbles(self) -> Self::N {
+    fn start_nibbles(self, _: i32) -> Self::N {
         op!([_mm256_setzero_si256(); 2])
     }
     #[inline(always)]

@@ -112,7 +112,9 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn insert_bits<const SHIFT: i32, const MASK: u8>(self, low: Self::B, plane: Self::B)
     -> Self::B;
     fn splat_bytes(self, x: [i8; 4]) -> Self::X;
-    fn zero_nibbles(self) -> Self::N;
+    /// No products yet. start: what `end_nibbles` will be given; like it, from memory (see
+    /// `start_bytes`), for one of the two adds it.
+    fn start_nibbles(self, start: i32) -> Self::N;
     /// acc + sum of codes x over the four bytes of each lane, codes up to 15.
     fn dot_nibbles(self, acc: Self::N, codes: Self::B, x: Self::X) -> Self::N;
     /// The running products plus `start`.
@@ -254,7 +256,10 @@ mod each_token {
         x: &[[[i8; 4]; M]; 8],
         starts: &[i32; M],
     ) -> [S::I; M] {
-        let mut acc = [s.zero_nibbles(); M];
+        let mut acc = [s.start_nibbles(0); M];
+        for m in 0..M {
+            acc[m] = s.start_nibbles(starts[m]);
+        }
         for t in 0..4 {
             let w = s.load_bytes(&codes[t]);
             let (low, high) = (s.low_nibbles(w), s.high_nibbles(w));

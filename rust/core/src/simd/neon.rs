@@ -482,7 +482,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         op!(vreinterpretq_s8_s32(vdupq_n_s32(i32::from_ne_bytes(x.map(|x| x as u8)))))
     }
     #[inline(always)]
-    fn zero_nibbles(self) -> Self::N {
+    fn start_nibbles(self, _: i32) -> Self::N {
         op!([vdupq_n_s32(0); 4])
     }
     #[inline(always)]
@@ -750,7 +750,7 @@ mod tests {
         type Output = [[i32; LANES]; 2];
         #[inline(always)]
         fn run<S: Isa>(self, s: S) -> Self::Output {
-            let mut nibbles = s.zero_nibbles();
+            let mut nibbles = s.start_nibbles(-77);
             let sum: i32 = self.1.iter().flatten().map(|x| i32::from(*x)).sum();
             let mut bytes = s.splat_i32(-S::BYTE_BIAS * sum);
             for t in 0..8 {

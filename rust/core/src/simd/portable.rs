@@ -199,7 +199,7 @@ impl Isa for Portable {
         x
     }
     #[inline(always)]
-    fn zero_nibbles(self) -> Self::N {
+    fn start_nibbles(self, _: i32) -> Self::N {
         [0; LANES]
     }
     #[inline(always)]
