@@ -60,10 +60,7 @@ fn windows<S: Isa, const HISTORY: usize>(
                 sum = s.fma(tap[j], window[j], sum);
             }
             sum = s.fma(last_tap, input, sum);
-            for j in 1..HISTORY {
-                window[j - 1] = window[j];
-            }
-            window[HISTORY - 1] = input;
+            window = std::array::from_fn(|j| if j + 1 < HISTORY { window[j + 1] } else { input });
             store_some(s, silu(s, sum), y.part(t, c..end));
         }
         for j in 0..HISTORY {

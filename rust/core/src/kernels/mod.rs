@@ -241,12 +241,17 @@ impl<'a> ColumnsMut<'a> {
 pub(crate) fn load_some<S: Isa>(s: S, x: &[f32]) -> S::F {
     match x.first_chunk() {
         Some(x) => s.load(x),
-        None => {
-            let mut padded = [0.0; LANES];
-            padded[..x.len()].copy_from_slice(x);
-            s.load(&padded)
-        }
+        None => s.load(&padded(x)),
     }
+}
+
+/// A call where loops hardly ever go: without it a loop that may call memcpy keeps its vectors in memory.
+#[cold]
+#[inline(never)]
+fn padded(x: &[f32]) -> [f32; LANES] {
+    let mut padded = [0.0; LANES];
+    padded[..x.len()].copy_from_slice(x);
+    padded
 }
 
 /// Stores as many lanes as `y` takes, at most 16.
@@ -255,12 +260,18 @@ pub(crate) fn store_some<S: Isa>(s: S, v: S::F, y: &mut [f32]) {
     match y.first_chunk_mut() {
         Some(y) => s.store(v, y),
         None => {
-            let mut padded = [0.0; LANES];
-            s.store(v, &mut padded);
-            let n = y.len();
-            y.copy_from_slice(&padded[..n]);
+            let mut lanes = [0.0; LANES];
+            s.store(v, &mut lanes);
+            copy_first(&lanes, y);
         }
     }
+}
+
+/// See [`padded`].
+#[cold]
+#[inline(never)]
+fn copy_first(lanes: &[f32; LANES], y: &mut [f32]) {
+    y.copy_from_slice(&lanes[..y.len()]);
 }
 
 /// Sum of x[i] y[i].
