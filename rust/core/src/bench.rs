@@ -7,9 +7,11 @@ use crate::kernels::delta_rule::{KeyQueries, MAX_CHUNK, MAX_TOKENS, PendingKeys,
 use crate::kernels::matmul;
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{AHEAD, Ask, Columns, ColumnsMut, Reading, ask_ahead};
+use crate::kernels::unpacked::{self, Unpacked};
+use crate::kernels::{AHEAD, Ask, Columns, ColumnsMut, FEW_TOKENS, Reading, ask_ahead};
 use crate::pool::Pool;
 use crate::quant::float::F16;
+use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS};
 use crate::random::Random;
 use crate::simd::{Cpu, Isa, Kernel, LANES};
@@ -77,9 +79,21 @@ pub fn matmul(
         })
         .collect();
     let start = Instant::now();
+    let many = tokens > FEW_TOKENS && unpacked::layout(format).is_some();
+    let mut panels = Unpacked::default();
     for _ in 0..repeats {
+        if many && format.is_in_planes() {
+            panels.set_planes(cpu, Planes::new(format, &w), cols, reading.ask);
+        } else if many {
+            panels.set(cpu, format, &w, cols, reading.ask);
+        }
         for (i, tile) in tiles.iter().enumerate() {
             let y = &mut y[..tile.tokens() * rows];
+            if many {
+                unpacked::product(cpu, &panels, tile, Outputs::of(y, rows));
+                std::hint::black_box(y);
+                continue;
+            }
             let reading = if i == 0 { reading } else { Reading::PLAIN };
             matmul::packed(cpu, format, &w, cols, tile, reading, Outputs::of(y, rows));
             std::hint::black_box(y);

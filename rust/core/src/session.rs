@@ -166,7 +166,7 @@ impl Session {
             caught(|| {
                 model.forward(piece, state, scratch, head, rows, trace, profile);
                 if rows != Rows::None && !defer {
-                    model.logits(head, logits, profile);
+                    model.logits(head, scratch, logits, profile);
                 }
             })?;
         }
@@ -193,8 +193,8 @@ impl Session {
         if self.deferred {
             self.model.check_unchanged()?;
             self.reserve_logits(1)?;
-            let Session { model, head, logits, .. } = self;
-            caught(|| model.logits(head, logits, None))?;
+            let Session { model, scratch, head, logits, .. } = self;
+            caught(|| model.logits(head, scratch, logits, None))?;
             self.deferred = false;
         }
         Ok(())

@@ -21,17 +21,17 @@ pub fn conv1d_silu_isa<S: Isa>(
     y: ColumnsMut<'_>,
 ) {
     assert_eq!(x.width, y.width);
-    // The kernel of every released model: its window of inputs stays in registers.
     if state.len() == 3 * x.width {
-        windows::<S, 3>(s, tokens, taps, state, x, y);
+        four_taps(s, tokens, taps, state, x, y);
     } else {
         any_kernel(s, tokens, taps, state, x, y);
     }
 }
 
-/// As [`conv1d_silu_isa`], for a kernel of `HISTORY` + 1.
+/// As [`conv1d_silu_isa`], for a kernel of four, which every released model has: its window of inputs stays
+/// in registers.
 #[inline(always)]
-fn windows<S: Isa, const HISTORY: usize>(
+fn four_taps<S: Isa>(
     s: S,
     tokens: usize,
     taps: &[f32],
@@ -43,28 +43,22 @@ fn windows<S: Isa, const HISTORY: usize>(
     let mut c = 0;
     while c < channels {
         let end = (c + LANES).min(channels);
-        let mut tap = [s.splat(0.0); HISTORY];
-        let mut window = [s.splat(0.0); HISTORY];
-        for j in 0..HISTORY {
-            tap[j] = load_some(s, &taps[j * channels..][c..end]);
-            window[j] = load_some(s, &state[j * channels..][c..end]);
-        }
-        let last_tap = load_some(s, &taps[HISTORY * channels..][c..end]);
+        let tap = |j: usize| load_some(s, &taps[j * channels..][c..end]);
+        let (first, second, third, last) = (tap(0), tap(1), tap(2), tap(3));
+        let before = |j: usize| load_some(s, &state[j * channels..][c..end]);
+        let (mut x3, mut x2, mut x1) = (before(0), before(1), before(2));
         for t in 0..tokens {
             let row = x.part(t, c..end);
             // For the next channels: rows of a prompt lie too far apart for the hardware to follow.
             s.prefetch(row, LANES * size_of::<f32>());
-            let input = load_some(s, row);
-            let mut sum = s.splat(0.0);
-            for j in 0..HISTORY {
-                sum = s.fma(tap[j], window[j], sum);
-            }
-            sum = s.fma(last_tap, input, sum);
-            window = std::array::from_fn(|j| if j + 1 < HISTORY { window[j + 1] } else { input });
+            let x0 = load_some(s, row);
+            let sum = s.fma(first, x3, s.splat(0.0));
+            let sum = s.fma(last, x0, s.fma(third, x1, s.fma(second, x2, sum)));
+            (x3, x2, x1) = (x2, x1, x0);
             store_some(s, silu(s, sum), y.part(t, c..end));
         }
-        for j in 0..HISTORY {
-            store_some(s, window[j], &mut state[j * channels..][c..end]);
+        for (j, x) in [x3, x2, x1].into_iter().enumerate() {
+            store_some(s, x, &mut state[j * channels..][c..end]);
         }
         c = end;
     }
@@ -140,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_have_the_bits_of_any_kernel() {
+    fn four_taps_have_the_bits_of_any_kernel() {
         for cpu in Cpu::all() {
             for (channels, tokens) in [(1, 1), (16, 2), (20, 3), (128, 1), (48, 7)] {
                 let (taps, x) = (random(4 * channels, 1), random(tokens * (channels + 3), 2));

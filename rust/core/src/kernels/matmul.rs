@@ -14,11 +14,11 @@ use crate::quant::{Format, PANEL_ROWS, Packed, panel_bytes, with_packed};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::marker::PhantomData;
 
-/// Product of panels of a packed matrix with the tokens of a tile.
+/// Product of panels of a packed matrix with the tokens of a tile, which are few ([`super::FEW_TOKENS`])
+/// unless the format cannot be unpacked.
 ///
 /// panels: n panels of `cols` columns, in two planes a whole matrix; y: a row of up to 16 n for each
-/// token; reading: of the panels. Panics if the lengths disagree or the tile holds more tokens than the
-/// instruction set takes.
+/// token; reading: of the panels. Panics if the lengths disagree or the tile holds too many tokens.
 pub fn packed(
     cpu: Cpu,
     format: Format,
@@ -49,6 +49,8 @@ struct PackedProduct<'a, P> {
 }
 
 impl<P: Packed> PanelProduct for PackedProduct<'_, P> {
+    const MANY: bool = P::LAYOUT.is_none();
+
     fn size(&self) -> (usize, usize) {
         (self.panels.len() / self.bytes, self.x.tokens())
     }
@@ -214,7 +216,7 @@ impl<F: Float> Kernel for FloatProduct<'_, F> {
 mod tests {
     use super::*;
     use crate::kernels::ABREAST;
-    use crate::kernels::testing::{Made, Panels, assert_close, pack, random};
+    use crate::kernels::testing::{Made, Panels, assert_close, multiply, pack, random};
     use crate::quant::w4::SCALE_BYTES;
     use crate::quant::{BLOCK, GROUP, decode_row};
     use half::{bf16, f16};
@@ -232,7 +234,7 @@ mod tests {
                         tile.quantize(cpu, &x, cols);
                         let width = rows.next_multiple_of(PANEL_ROWS);
                         let mut y = vec![f32::NAN; tokens * width];
-                        packed(
+                        multiply(
                             cpu,
                             format,
                             &bytes,
@@ -287,13 +289,13 @@ mod tests {
                 tile.quantize(cpu, x, cols);
                 let mut together = vec![0.0; tokens * rows];
                 let out = Outputs::of(&mut together, rows);
-                packed(cpu, format, &bytes, cols, &tile, Reading::PLAIN, out);
+                multiply(cpu, format, &bytes, cols, &tile, Reading::PLAIN, out);
                 for few in 1..=tokens.min(5) {
                     tile.quantize(cpu, &x[..few * cols], cols);
                     for reading in Reading::all() {
                         let mut y = vec![0.0; few * rows];
                         let out = Outputs::of(&mut y, rows);
-                        packed(cpu, format, &bytes, cols, &tile, reading, out);
+                        multiply(cpu, format, &bytes, cols, &tile, reading, out);
                         let what = format!("{cpu:?} {made:?} {few} tokens, {reading:?}");
                         assert_eq!(y, together[..few * rows], "{what}");
                     }
@@ -302,7 +304,7 @@ mod tests {
                     tile.quantize(cpu, x, cols);
                     let mut alone = vec![0.0; rows];
                     let out = Outputs::of(&mut alone, rows);
-                    packed(cpu, format, &bytes, cols, &tile, Reading::PLAIN, out);
+                    multiply(cpu, format, &bytes, cols, &tile, Reading::PLAIN, out);
                     assert_eq!(alone, together, "{cpu:?} {made:?}");
                 }
                 // Where multiply-add is one rounding the bits do not depend on the CPU either.
@@ -358,8 +360,8 @@ mod tests {
                     let mut y = [(); 2].map(|_| vec![0.0; tokens * rows.next_multiple_of(16)]);
                     let [first, second] =
                         y.each_mut().map(|y| Outputs::of(y, rows.next_multiple_of(16)));
-                    packed(cpu, Format::W8, &whole, cols, &tile, Reading::PLAIN, first);
-                    packed(cpu, format, &planes, cols, &tile, Reading::PLAIN, second);
+                    multiply(cpu, Format::W8, &whole, cols, &tile, Reading::PLAIN, first);
+                    multiply(cpu, format, &planes, cols, &tile, Reading::PLAIN, second);
                     let what = format!("{cpu:?} {format:?} {rows}x{cols}, {tokens} tokens");
                     assert_eq!(y[0], y[1], "{what}");
                 }

@@ -15,6 +15,7 @@ pub mod rope;
 pub mod select;
 #[cfg(test)]
 pub mod testing;
+pub mod unpacked;
 
 use crate::simd::{Isa, LANES};
 use std::ops::Range;
@@ -91,11 +92,18 @@ impl Reading {
     }
 }
 
-/// Panels that few tokens, up to four, read side by side at most.
+/// Panels that few tokens read side by side at most.
 pub const ABREAST: usize = 4;
+
+/// Up to this many tokens weights are read as they lie, in panels, where more unpack them; and the caller
+/// prepares a region's input alone, for it takes less time than another region.
+pub const FEW_TOKENS: usize = 4;
 
 /// A product of panels with a tile of tokens.
 pub(crate) trait PanelProduct {
+    /// Whether there is code for more than a few tokens.
+    const MANY: bool;
+
     /// Panels in all, and tokens.
     fn size(&self) -> (usize, usize);
 
@@ -136,8 +144,8 @@ pub(crate) trait PanelProduct {
                         self.all::<S, ABREAST, $few>(s);
                     })*
                     $($few if $few == S::TILE_TOKENS => self.all::<S, 1, $few>(s),)*
-                    $($many if $many <= S::TILE_TOKENS => self.all::<S, 1, $many>(s),)*
-                    m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
+                    $($many if Self::MANY && $many <= S::TILE_TOKENS => self.all::<S, 1, $many>(s),)*
+                    m => panic!("a tile of {m} tokens for panels that are read as they lie"),
                 }
             };
         }

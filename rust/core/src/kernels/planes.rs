@@ -25,7 +25,7 @@ use std::marker::PhantomData;
 /// Product of panels with the tokens of a tile.
 ///
 /// planes: n panels of `cols` columns; y, reading: as for [`super::matmul::packed`].
-/// Panics if the lengths disagree or the tile holds more tokens than the instruction set takes.
+/// Panics if the lengths disagree or the tokens are more than a few.
 pub fn product(
     cpu: Cpu,
     planes: Planes<'_>,
@@ -80,6 +80,8 @@ struct Product<'a, P> {
 }
 
 impl<P: InPlanes> PanelProduct for Product<'_, P> {
+    const MANY: bool = false;
+
     fn size(&self) -> (usize, usize) {
         (self.planes.high.len() / self.blocks, self.x.tokens())
     }

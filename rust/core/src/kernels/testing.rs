@@ -1,6 +1,12 @@
 //! What the tests of kernels share.
 
+use super::matmul::packed;
+use super::outputs::Outputs;
+use super::quantize::QuantTile;
+use super::unpacked::{self, Unpacked};
+use super::{Ask, FEW_TOKENS, Reading};
 use crate::quant::reorder::{panel_format, reorder_panel};
+use crate::quant::two_planes::Planes;
 use crate::quant::{
     BlockType, Format, PANEL_ROWS, decode_row, encode_panel_on, panel_bytes, planes,
 };
@@ -28,6 +34,14 @@ impl Made {
     pub fn all() -> impl Iterator<Item = Made> {
         let encoded = Format::encoded();
         encoded.map(Made::Encoded).chain(BlockType::ALL.map(Made::Reordered))
+    }
+
+    /// How the matrix lies.
+    pub fn format(self) -> Format {
+        match self {
+            Made::Encoded(format) => format,
+            Made::Reordered(block) => panel_format(block),
+        }
     }
 
     /// About `cols` columns, as many as the format takes.
@@ -66,6 +80,33 @@ impl Made {
             }
         }
     }
+}
+
+/// Product of a whole matrix in panels with a tile, in the way that is taken for so many tokens.
+pub fn multiply(
+    cpu: Cpu,
+    format: Format,
+    panels: &[u8],
+    cols: usize,
+    x: &QuantTile,
+    reading: Reading,
+    y: Outputs<'_>,
+) {
+    if x.tokens() <= FEW_TOKENS || unpacked::layout(format).is_none() {
+        return packed(cpu, format, panels, cols, x, reading, y);
+    }
+    unpacked::product(cpu, &unpack(cpu, format, panels, cols, reading.ask), x, y);
+}
+
+/// A whole matrix in panels, unpacked.
+pub fn unpack(cpu: Cpu, format: Format, panels: &[u8], cols: usize, ask: Ask) -> Unpacked {
+    let mut unpacked = Unpacked::default();
+    if format.is_in_planes() {
+        unpacked.set_planes(cpu, Planes::new(format, panels), cols, ask);
+    } else {
+        unpacked.set(cpu, format, panels, cols, ask);
+    }
+    unpacked
 }
 
 /// Quantises rows x cols weights.

@@ -5,13 +5,13 @@
 //! multiplied by sigmoid(gate) before the output projection. Query head h reads KV head
 //! h / (h_q / h_kv).
 
+use super::Context;
 use super::linear::{Input, Matrix, project, project_named};
-use super::{Context, FEW_TOKENS};
 use crate::config::Config;
-use crate::kernels::Ask;
 use crate::kernels::activation::sigmoid;
 use crate::kernels::attention::{Partial, ROWS, attend_isa};
 use crate::kernels::attention_q8::{self, Q8Rows};
+use crate::kernels::{Ask, FEW_TOKENS};
 use crate::kernels::{load_some, norm, rope, store_some};
 use crate::profile::Part;
 use crate::quant::Format;

@@ -2,7 +2,7 @@
 
 use super::attention::{self, Attention, Positions, TileScratch};
 use super::gated_delta_net::{self, GatedDeltaNet, UnitScratch};
-use super::linear::Input;
+use super::linear::{Input, Unpacking, unpacking_bytes};
 use super::mlp::Mlp;
 use super::{Context, per_thread};
 use crate::config::Config;
@@ -35,10 +35,13 @@ pub struct Scratch {
     parts: Vec<f32>,
     units: Vec<Mutex<UnitScratch>>,
     tiles: Vec<Mutex<TileScratch>>,
+    /// Empty if no matrix reads activations of eight bits.
+    pub unpacking: Unpacking,
 }
 
 impl Scratch {
-    pub fn new(threads: usize) -> Scratch {
+    /// quantised: whether matrices read activations of eight bits.
+    pub fn new(threads: usize, quantised: bool) -> Scratch {
         Scratch {
             x: Vec::new(),
             input: Input::default(),
@@ -48,6 +51,7 @@ impl Scratch {
             parts: Vec::new(),
             units: per_thread(threads),
             tiles: per_thread(threads),
+            unpacking: per_thread(if quantised { threads } else { 0 }).into(),
         }
     }
 
@@ -68,7 +72,9 @@ impl Scratch {
         let rows =
             input(hidden) + input(config.value_dim().max(q)) + input(config.intermediate_size);
         let floats = tokens * (hidden + projected) + attention::parts_len(config, positions);
-        let thread = UnitScratch::bytes_of(config) + TileScratch::bytes_of(config);
+        let widest = config.intermediate_size.max(config.value_dim()).max(q).max(hidden);
+        let unpacking = if quantised { unpacking_bytes(widest) } else { 0 };
+        let thread = UnitScratch::bytes_of(config) + TileScratch::bytes_of(config) + unpacking;
         rows + 4 * floats + threads * thread
     }
 }
@@ -104,7 +110,7 @@ impl Block {
         positions: Positions<'_>,
         scratch: &mut Scratch,
     ) {
-        let Scratch { x, input, mixed, hidden, projected, parts, units, tiles } = scratch;
+        let Scratch { x, input, mixed, hidden, projected, parts, units, tiles, .. } = scratch;
         input.set_normed(ctx.under(Part::Norms), x, &self.input_layernorm, self.eps);
         let before = self.trace_norm(ctx, "input_layernorm", input, x);
         match (&self.mixer, state) {

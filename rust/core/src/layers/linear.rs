@@ -1,16 +1,17 @@
 //! Matrices and their products with rows of activations, over threads.
 
-use super::{Context, FEW_TOKENS};
+use super::Context;
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
-use crate::kernels::{ABREAST, Ask, Reading, activation, matmul, norm, planes};
+use crate::kernels::unpacked::{self, Unpacked};
+use crate::kernels::{ABREAST, Ask, FEW_TOKENS, Reading, activation, matmul, norm, planes};
 use crate::profile::Part;
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
 use crate::tensor::{Bytes, Tensor, resize, widen_rows};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Weights [rows, cols] in some format.
 #[derive(Clone)]
@@ -44,6 +45,16 @@ pub(super) enum Weights<'a> {
     Rows { format: Format, bytes: &'a [u8] },
     Panels { format: Format, bytes: &'a [u8] },
     Planes(Planes<'a>),
+    Unpacked(&'a Unpacked),
+}
+
+/// Work space of each thread of a session for weights that many tokens read: two matrices, as gate and up
+/// are read together.
+pub type Unpacking = Arc<[Mutex<[Unpacked; 2]>]>;
+
+/// Bytes on the heap of one thread's, for matrices of up to `cols` columns.
+pub fn unpacking_bytes(cols: usize) -> usize {
+    2 * Unpacked::bytes_of(cols)
 }
 
 impl Matrix {
@@ -93,6 +104,55 @@ impl Matrix {
                 Weights::Rows { format, bytes }
             }
         }
+    }
+}
+
+impl Matrix {
+    /// Cuts rows into what products with so many tokens take at once.
+    fn spans(&self, rows: Range<usize>, tokens: usize) -> impl Iterator<Item = Range<usize>> {
+        let step = match self.is_unpacked_for(tokens) {
+            true => unpacked::panels_at_once(self.cols) * PANEL_ROWS,
+            false => rows.len(),
+        };
+        let end = rows.end;
+        rows.step_by(step.max(1)).map(move |start| start..(start + step).min(end))
+    }
+
+    /// Whether products with so many tokens unpack the panels.
+    fn is_unpacked_for(&self, tokens: usize) -> bool {
+        let format = match self.format {
+            Format::Blocks(block) => panel_format(block),
+            format => format,
+        };
+        tokens > FEW_TOKENS && format.is_packed() && unpacked::layout(format).is_some()
+    }
+
+    /// As [`Matrix::weights`], in the form that is best for so many tokens. work: none if they are few.
+    fn weights_for<'a>(
+        &'a self,
+        ctx: Context<'_>,
+        tokens: usize,
+        rows: Range<usize>,
+        bytes: &'a mut Vec<u8>,
+        work: Option<&'a mut Unpacked>,
+    ) -> Weights<'a> {
+        let weights = self.weights(rows, bytes);
+        if !self.is_unpacked_for(tokens) {
+            return weights;
+        }
+        let unpacked = work.expect("contexts of many tokens have work space");
+        let ask = match ctx.reading.ask {
+            Ask::No | Ask::Once => Ask::ToL1,
+            ask => ask,
+        };
+        match weights {
+            Weights::Panels { format, bytes } => {
+                unpacked.set(ctx.cpu, format, bytes, self.cols, ask);
+            }
+            Weights::Planes(planes) => unpacked.set_planes(ctx.cpu, planes, self.cols, ask),
+            weights => return weights,
+        }
+        Weights::Unpacked(unpacked)
     }
 }
 
@@ -190,6 +250,7 @@ impl Input {
         let first = Reading { ask, ..ctx.reading };
         let reading = if tokens.start == 0 { first } else { Reading::PLAIN };
         match *weights {
+            Weights::Unpacked(panels) => unpacked::product(ctx.cpu, panels, tile(), y),
             Weights::Planes(panels) => planes::product(ctx.cpu, panels, cols, tile(), reading, y),
             Weights::Panels { format, bytes } => {
                 matmul::packed(ctx.cpu, format, bytes, cols, tile(), reading, y);
@@ -234,15 +295,18 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
         y,
         width,
         (tokens, cols),
-        |_| Vec::new(),
-        |buffer, mut y| {
+        |thread| (Vec::new(), ctx.unpacking_of(thread)),
+        |(bytes, work), mut y| {
             let mut first = 0;
             for matrix in matrices {
-                let start = y.cols().start.max(first);
-                let end = y.cols().end.min(first + matrix.rows);
-                if start < end {
-                    let weights = matrix.weights(start - first..end - first, buffer);
-                    let part = start - y.cols().start..end - y.cols().start;
+                // None if the matrix lies elsewhere.
+                let end = y.cols().end.clamp(first, first + matrix.rows) - first;
+                let rows = y.cols().start.saturating_sub(first)..end;
+                for rows in matrix.spans(rows, tokens) {
+                    let work = work.as_mut().map(|work| &mut work[0]);
+                    let weights = matrix.weights_for(ctx, tokens, rows.clone(), bytes, work);
+                    let place = first + rows.start - y.cols().start;
+                    let part = place..place + rows.len();
                     for t in (0..tokens).step_by(tile_tokens) {
                         let tile = t..(t + tile_tokens).min(tokens);
                         let rows = y.some_rows(tile.clone()).map(|row| &mut row[part.clone()]);
@@ -288,21 +352,31 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
     // A chunk reads both matrices, so half the columns hold the same bytes.
     let cols = (chunk_cols(ctx, &[gate, up]) / 2).next_multiple_of(ABREAST * PANEL_ROWS);
     let tile_tokens = ctx.cpu.tile_tokens();
-    let init = |_| ([Vec::new(), Vec::new()], Vec::new());
-    ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(buffers, gates), mut y| {
-        let [gate_buffer, up_buffer] = buffers;
-        let width = y.cols().len();
-        gates.resize(tile_tokens * width, 0.0);
-        let gate = gate.weights(y.cols(), gate_buffer);
-        let up = up.weights(y.cols(), up_buffer);
-        for t in (0..tokens).step_by(tile_tokens) {
-            let tile = t..(t + tile_tokens).min(tokens);
-            let gates = &mut gates[..tile.len() * width];
-            x.product(ctx, &gate, tile.clone(), Outputs::of(gates, width));
-            let rows = y.some_rows(tile.clone());
-            x.product(ctx, &up, tile.clone(), Outputs::new(rows, false));
-            for (gates, y) in gates.chunks_exact(width).zip(y.some_rows(tile)) {
-                activation::swiglu(ctx.cpu, gates, y);
+    let init = |thread| ([Vec::new(), Vec::new()], ctx.unpacking_of(thread), Vec::new());
+    ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(bytes, work, gates), mut y| {
+        let [gate_bytes, up_bytes] = bytes;
+        for rows in gate.spans(y.cols(), tokens) {
+            let width = rows.len();
+            let part = rows.start - y.cols().start..rows.end - y.cols().start;
+            gates.resize(tile_tokens * width, 0.0);
+            let (gate_work, up_work) = match work.as_mut() {
+                Some(work) => {
+                    let [gate, up] = &mut **work;
+                    (Some(gate), Some(up))
+                }
+                None => (None, None),
+            };
+            let gate = gate.weights_for(ctx, tokens, rows.clone(), gate_bytes, gate_work);
+            let up = up.weights_for(ctx, tokens, rows, up_bytes, up_work);
+            for t in (0..tokens).step_by(tile_tokens) {
+                let tile = t..(t + tile_tokens).min(tokens);
+                let gates = &mut gates[..tile.len() * width];
+                x.product(ctx, &gate, tile.clone(), Outputs::of(gates, width));
+                let out = y.some_rows(tile.clone()).map(|row| &mut row[part.clone()]);
+                x.product(ctx, &up, tile.clone(), Outputs::new(out, false));
+                for (gates, y) in gates.chunks_exact(width).zip(y.some_rows(tile)) {
+                    activation::swiglu(ctx.cpu, gates, &mut y[part.clone()]);
+                }
             }
         }
     });

@@ -12,12 +12,14 @@ pub mod head;
 pub mod linear;
 pub mod mlp;
 
+use crate::kernels::unpacked::Unpacked;
 use crate::kernels::{Ask, Reading};
 use crate::pool::{Team, Tile};
 use crate::profile::{Part, Profile};
 use crate::simd::Cpu;
+use crate::state::lock;
 use crate::trace::Trace;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 /// What every layer needs to work.
 #[derive(Clone, Copy)]
@@ -32,18 +34,33 @@ pub struct Context<'a> {
     pub part: Part,
     /// How products with a few tokens read weights.
     pub reading: Reading,
+    /// Work space of each thread for what many tokens read; none where they are few.
+    pub unpacking: &'a [Mutex<[Unpacked; 2]>],
 }
 
 impl<'a> Context<'a> {
     /// Records nothing and counts no time.
     pub fn new(cpu: Cpu, team: &'a Team<'a>) -> Context<'a> {
         let reading = Reading { ask: Ask::ToL1, abreast: true };
-        Context { cpu, team, trace: None, profile: None, part: Part::Other, reading }
+        Context {
+            cpu,
+            team,
+            trace: None,
+            profile: None,
+            part: Part::Other,
+            reading,
+            unpacking: &[],
+        }
     }
 
     /// The same for work that belongs to `part`.
     pub fn under(self, part: Part) -> Context<'a> {
         Context { part, ..self }
+    }
+
+    /// The work space of a thread, if there is any.
+    fn unpacking_of(self, thread: usize) -> Option<MutexGuard<'a, [Unpacked; 2]>> {
+        self.unpacking.get(thread).map(lock)
     }
 
     /// [`Team::run_tiles`], its time counted.
@@ -86,7 +103,3 @@ pub fn per_thread<T: Default>(threads: usize) -> Vec<Mutex<T>> {
 
 /// Tokens that go through the layers together, at most.
 pub const PIECE: usize = 512;
-
-/// Up to this many tokens the caller prepares a region's input alone; it takes less time than
-/// another region.
-const FEW_TOKENS: usize = 4;

@@ -113,7 +113,7 @@ impl Model {
 
     /// Work buffers for [`Model::forward`].
     pub fn scratch(&self) -> Scratch {
-        Scratch::new(self.threads())
+        Scratch::new(self.threads(), self.stored.quantised)
     }
 
     /// An error if the files behind the weights have changed.
@@ -168,8 +168,14 @@ impl Model {
         assert!(!tokens.is_empty() && tokens.len() <= PIECE);
         let team = self.pool.team();
         let trial = self.ahead.begin(tokens.len());
-        let ctx =
-            Context { trace, profile, reading: trial.reading, ..Context::new(self.cpu, &team) };
+        let unpacking = scratch.unpacking.clone();
+        let ctx = Context {
+            trace,
+            profile,
+            reading: trial.reading,
+            unpacking: &unpacking,
+            ..Context::new(self.cpu, &team)
+        };
         let hidden = self.config.hidden_size;
         let past = state.tokens.len();
 
@@ -238,12 +244,23 @@ impl Model {
     }
 
     /// Appends the logits of the rows of `head`. logits: [rows, vocab].
-    pub(crate) fn logits(&self, head: &Input, logits: &mut Vec<f32>, profile: Option<&Profile>) {
+    pub(crate) fn logits(
+        &self,
+        head: &Input,
+        scratch: &Scratch,
+        logits: &mut Vec<f32>,
+        profile: Option<&Profile>,
+    ) {
         let team = self.pool.team();
         let start = logits.len();
         logits.resize(start + head.tokens() * self.config.vocab_size, 0.0);
         let trial = self.head_ahead.begin(head.tokens());
-        let ctx = Context { profile, reading: trial.reading, ..Context::new(self.cpu, &team) };
+        let ctx = Context {
+            profile,
+            reading: trial.reading,
+            unpacking: &scratch.unpacking,
+            ..Context::new(self.cpu, &team)
+        };
         let ctx = ctx.under(Part::Head);
         project(ctx, &[&self.weights.lm_head], head, false, &mut logits[start..]);
         self.head_ahead.end(&trial);

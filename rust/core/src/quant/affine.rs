@@ -10,10 +10,10 @@
 //! [`W5Affine`] has codes of 5 bits, 6 bits a weight. A block is 384 bytes, because before the
 //! codes are their high bits in the order of W5K.
 
-use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code};
+use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code, unpack_five_bits};
 use super::w4::nibble;
-use super::{Group, Packed, add_offsets};
-use crate::simd::{Isa, LANES};
+use super::{Group, Layout, Packed, UnpackedGroup, add_offsets};
+use crate::simd::{Isa, LANES, unpack};
 use half::f16;
 
 /// Bytes of scales and offsets at the start of a block.
@@ -40,6 +40,7 @@ fn decode(block: &[u8], row: usize, code: u8) -> f32 {
 impl Packed for W4Affine {
     type Block = [u8; W4_BYTES];
     const GROUPS: usize = 1;
+    const LAYOUT: Option<Layout> = Some(Layout::Affine { bits: 4 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -64,6 +65,13 @@ impl Packed for W4Affine {
         add_offsets(s, offsets, x.totals, acc);
     }
 
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        let (scales, offsets) = affine(s, block);
+        out.put(s, unpack::nibbles(s, &codes[g]), [scales, offsets]);
+    }
+
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         decode(block, row, nibble(&block[SCALE_BYTES..], row, col))
     }
@@ -72,6 +80,7 @@ impl Packed for W4Affine {
 impl Packed for W5Affine {
     type Block = [u8; W5_BYTES];
     const GROUPS: usize = 1;
+    const LAYOUT: Option<Layout> = Some(Layout::Affine { bits: 5 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -93,6 +102,13 @@ impl Packed for W5Affine {
         let (scales, offsets) = affine(s, block);
         add_five_bits(s, &block[SCALE_BYTES..].as_chunks().0[0], &[0; M], scales, x, acc);
         add_offsets(s, offsets, x.totals, acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (scales, offsets) = affine(s, block);
+        let codes = unpack_five_bits(s, &block[SCALE_BYTES..].as_chunks().0[g]);
+        out.put(s, codes, [scales, offsets]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

@@ -50,8 +50,10 @@ use super::ggml::HALF;
 use super::search::{self, Codes, Integers};
 use super::w4::{nibble, put_nibbles};
 use super::w4_nl;
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP, add_offsets, add_scaled};
-use crate::simd::{Isa, LANES};
+use super::{
+    Encode, GROUP, GROUP_STEPS, Group, Layout, Packed, STEP, UnpackedGroup, add_offsets, add_scaled,
+};
+use crate::simd::{Isa, LANES, unpack};
 use half::f16;
 
 /// Columns of a super-block, and the groups in it.
@@ -126,6 +128,13 @@ pub(super) fn add_five_bits<S: Isa, const M: usize>(
     s.add_five_bits_group(plane, steps, x.codes, starts, (scales, x.scales), acc);
 }
 
+/// A group's codes of five bits, a vector for each four columns.
+#[inline(always)]
+pub(super) fn unpack_five_bits<S: Isa>(s: S, codes: &[u8; FIVE_BITS]) -> [S::B; GROUP_STEPS] {
+    let (plane, steps) = codes.as_chunks().0.split_first().expect("a plane is there");
+    unpack::five_bits(s, plane, steps.first_chunk().expect("four steps"))
+}
+
 /// Puts a group's codes of five bits in their order.
 pub(super) fn put_five_bits(codes: &[[u8; LANES]; GROUP], out: &mut [u8]) {
     let (plane, nibbles) = out.split_at_mut(STEP);
@@ -148,6 +157,7 @@ pub(super) fn five_bit_code(codes: &[u8], row: usize, col: usize) -> u8 {
 impl Packed for W4K {
     type Block = [u8; W4K_BYTES];
     const GROUPS: usize = GROUPS;
+    const LAYOUT: Option<Layout> = Some(Layout::Affine { bits: 4 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -172,6 +182,13 @@ impl Packed for W4K {
         add_offsets(s, offsets, x.totals, acc);
     }
 
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (codes, _) = block[AFFINE..].as_chunks().0.as_chunks();
+        let (scales, offsets) = affine(s, block, g);
+        out.put(s, unpack::nibbles(s, &codes[g]), [scales, offsets]);
+    }
+
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let g = col / GROUP;
         let code = nibble(&block[AFFINE + g * NIBBLES..], row, col % GROUP);
@@ -182,6 +199,7 @@ impl Packed for W4K {
 impl Packed for W5K {
     type Block = [u8; W5K_BYTES];
     const GROUPS: usize = GROUPS;
+    const LAYOUT: Option<Layout> = Some(Layout::Affine { bits: 5 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -203,6 +221,13 @@ impl Packed for W5K {
         let (scales, offsets) = affine(s, block, g);
         add_five_bits(s, &block[AFFINE..].as_chunks().0[g], &[0; M], scales, x, acc);
         add_offsets(s, offsets, x.totals, acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (scales, offsets) = affine(s, block, g);
+        let codes = unpack_five_bits(s, &block[AFFINE..].as_chunks().0[g]);
+        out.put(s, codes, [scales, offsets]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
@@ -248,6 +273,7 @@ fn pair_dots<S: Isa, const M: usize>(s: S, plane: &[u8; STEP], x: &[[[i8; 4]; M]
 impl Packed for W2K {
     type Block = [u8; W2K_BYTES];
     const GROUPS: usize = GROUPS;
+    const LAYOUT: Option<Layout> = None;
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -289,6 +315,12 @@ impl Packed for W2K {
         }
     }
 
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let _ = (s, block, g, out);
+        unreachable!("products of W2K add up integers first");
+    }
+
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let (half, col) = (col / HALF, col % HALF);
         let unit = |i: usize| f16::from_le_bytes(block.as_chunks().0[i]).to_f32();
@@ -300,9 +332,17 @@ impl Packed for W2K {
     }
 }
 
+/// The scales of group `g` of a block of W4NlK, a row a lane.
+#[inline(always)]
+fn tabled_scales<S: Isa>(s: S, block: &[u8], g: usize) -> S::F {
+    let d = s.load_f16(&block.as_chunks().0[0]);
+    s.mul(d, s.load_i8(&block[A6..TABLED].as_chunks().0[g]))
+}
+
 impl Packed for W4NlK {
     type Block = [u8; W4NLK_BYTES];
     const GROUPS: usize = GROUPS;
+    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: 8 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -323,9 +363,14 @@ impl Packed for W4NlK {
     ) {
         let (codes, _) = block[TABLED..].as_chunks().0.as_chunks();
         let dots = w4_nl::dots(s, &w4_nl::BYTES, &codes[g], x);
-        let d = s.load_f16(&block.as_chunks().0[0]);
-        let scales = s.mul(d, s.load_i8(&block[A6..TABLED].as_chunks().0[g]));
-        add_scaled(s, dots, (scales, x.scales), acc);
+        add_scaled(s, dots, (tabled_scales(s, block, g), x.scales), acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (codes, _) = block[TABLED..].as_chunks().0.as_chunks();
+        let codes = unpack::tabled(s, &w4_nl::BYTES, &codes[g]);
+        out.put(s, codes, [tabled_scales(s, block, g)]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
@@ -337,9 +382,24 @@ impl Packed for W4NlK {
     }
 }
 
+/// High bits and nibbles, and the scales, of one half of group `g` of a block of W6K.
+#[inline(always)]
+fn half_of_six_bits<S: Isa>(
+    s: S,
+    block: &[u8; W6K_BYTES],
+    g: usize,
+    half: usize,
+) -> (&[[u8; STEP]; 3], S::F) {
+    let (halves, _) = block[SIGNED..].as_chunks::<STEP>().0.as_chunks();
+    let d = s.load_f16(&block.as_chunks().0[0]);
+    let a = block[A6..SIGNED].as_chunks().0;
+    (&halves[2 * g + half], s.mul(d, s.load_i8(&a[2 * g + half])))
+}
+
 impl Packed for W6K {
     type Block = [u8; W6K_BYTES];
     const GROUPS: usize = GROUPS;
+    const LAYOUT: Option<Layout> = Some(Layout::ScaledHalves);
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -358,21 +418,25 @@ impl Packed for W6K {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (halves, _) = block[SIGNED..].as_chunks::<STEP>().0.as_chunks::<3>();
-        let steps: &[[[u8; STEP]; 3]; 2] = &halves.as_chunks().0[g];
-        let d = s.load_f16(&block.as_chunks().0[0]);
-        let a = block[A6..SIGNED].as_chunks().0;
         let halves = x.codes.as_chunks().0;
         macro_rules! half {
             ($half:literal) => {
-                let [plane, w @ ..] = &steps[$half];
-                let scales = (s.mul(d, s.load_i8(&a[2 * g + $half])), x.scales);
+                let ([plane, w @ ..], scales) = half_of_six_bits(s, block, g, $half);
                 let starts = x.starts_of_half($half);
-                s.add_six_bits_half(plane, w, &halves[$half], starts, scales, acc);
+                s.add_six_bits_half(plane, w, &halves[$half], starts, (scales, x.scales), acc);
             };
         }
         half!(0);
         half!(1);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let ([plane, w @ ..], first) = half_of_six_bits(s, block, g, 0);
+        let [a, b, c, d] = unpack::six_bits(s, plane, w);
+        let ([plane, w @ ..], second) = half_of_six_bits(s, block, g, 1);
+        let [e, f, g, h] = unpack::six_bits(s, plane, w);
+        out.put(s, [a, b, c, d, e, f, g, h], [first, second]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

@@ -44,7 +44,7 @@ pub const BLOCK: usize = 2 * GROUP;
 pub const GROUP_STEPS: usize = GROUP / 4;
 pub const BLOCK_STEPS: usize = BLOCK / 4;
 /// Bytes of one vector of codes.
-const STEP: usize = 4 * LANES;
+pub(crate) const STEP: usize = 4 * LANES;
 
 /// What the weights of a model are turned into.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -283,10 +283,68 @@ impl<const M: usize> Group<'_, M> {
         &self.starts[3]
     }
 
+    /// Minus the zero of codes of so many bits, 2^(bits - 1), times the sum of each token's codes.
+    #[inline(always)]
+    pub fn starts_at_zero_of(&self, bits: u32) -> &[i32; M] {
+        match bits {
+            4 => self.starts_at_8(),
+            5 => self.starts_at_16(),
+            6 => self.starts_at_32(),
+            8 => self.starts_at_128(),
+            _ => unreachable!("codes have 4, 5, 6 or 8 bits"),
+        }
+    }
+
     /// -32 times the sum of each token's codes in one half of the columns.
     #[inline(always)]
-    fn starts_of_half(&self, half: usize) -> &[i32; M] {
+    pub fn starts_of_half(&self, half: usize) -> &[i32; M] {
         &self.starts[4 + half]
+    }
+}
+
+/// What a group of 16 rows becomes for products with many tokens: a byte for each code, four columns a
+/// step, and f32 factors, a row a lane.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// A scale for each row; weight = scale (code - 2^(bits - 1)).
+    Scaled { bits: u32 },
+    /// The same for each half of the columns, with codes of six bits.
+    ScaledHalves,
+    /// A scale and an offset; weight = scale code + offset.
+    Affine { bits: u32 },
+}
+
+impl Layout {
+    /// Factors of each row.
+    pub fn factors(self) -> usize {
+        match self {
+            Layout::Scaled { .. } => 1,
+            Layout::ScaledHalves | Layout::Affine { .. } => 2,
+        }
+    }
+}
+
+/// Whole cache lines: vectors that cross two are read and written at half the rate.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Lines<T>(pub T);
+
+/// Where an unpacked group goes: its codes, and as many factors as its [`Layout`] has.
+pub struct UnpackedGroup<'a> {
+    pub codes: &'a mut [[u8; STEP]; GROUP_STEPS],
+    pub factors: &'a mut [Lines<[f32; LANES]>],
+}
+
+impl UnpackedGroup<'_> {
+    /// Stores codes and factors.
+    #[inline(always)]
+    pub fn put<S: Isa, const F: usize>(self, s: S, codes: [S::B; GROUP_STEPS], factors: [S::F; F]) {
+        for t in 0..GROUP_STEPS {
+            s.store_bytes(codes[t], &mut self.codes[t]);
+        }
+        for f in 0..F {
+            s.store(factors[f], &mut self.factors[f].0);
+        }
     }
 }
 
@@ -298,6 +356,8 @@ pub trait Packed {
     const GROUPS: usize;
     /// Bytes of a panel before its blocks.
     const HEAD_BYTES: usize = 0;
+    /// How groups lie that are unpacked; none of a format whose products need more than that.
+    const LAYOUT: Option<Layout>;
 
     /// Cuts the bytes of a panel into blocks.
     fn blocks(panel: &[u8]) -> &[Self::Block];
@@ -314,6 +374,9 @@ pub trait Packed {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     );
+
+    /// Unpacks group `g` of a block. Only for formats with a layout.
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>);
 
     /// What is left to do with the sums over all blocks of a panel: the rows' units.
     #[inline(always)]
@@ -338,7 +401,7 @@ pub trait Encode: Packed {
 
 /// acc += what an offset of some weights adds. totals: of their activations.
 #[inline(always)]
-fn add_offsets<S: Isa, const M: usize>(
+pub(crate) fn add_offsets<S: Isa, const M: usize>(
     s: S,
     offsets: S::F,
     totals: &[f32; M],

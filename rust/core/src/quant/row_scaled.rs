@@ -22,12 +22,12 @@
 //!
 //! The sums of a product are multiplied with the units once, when a panel has been read.
 
-use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code, put_five_bits};
+use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code, put_five_bits, unpack_five_bits};
 use super::search::{self, Codes, Entries, Integers, Table};
 use super::w4::{nibble, put_nibbles};
 use super::w4_nl;
-use super::{GROUP, Group, Packed, Rows};
-use crate::simd::{Isa, Kernel, LANES};
+use super::{GROUP, GROUP_STEPS, Group, Layout, Packed, Rows, UnpackedGroup};
+use crate::simd::{Isa, Kernel, LANES, unpack};
 use std::marker::PhantomData;
 
 /// Bytes of the units at the start of a panel.
@@ -52,6 +52,8 @@ pub struct RowScaled<C, const N: usize>(PhantomData<C>);
 trait GroupCodes {
     /// Bytes of the codes of a group.
     const BYTES: usize;
+    /// Bits of a code, unpacked.
+    const BITS: u32;
     type Numbers: Codes;
 
     /// acc += scales times the products of a group's codes with M tokens.
@@ -62,6 +64,9 @@ trait GroupCodes {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     );
+
+    /// The codes of a group, a vector for each four columns.
+    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS];
 
     /// What a code stands for.
     fn number(codes: &[u8], row: usize, col: usize) -> f32;
@@ -85,6 +90,7 @@ pub struct Fives;
 
 impl GroupCodes for Fours {
     const BYTES: usize = NIBBLES;
+    const BITS: u32 = 4;
     type Numbers = Integers<-8, 7>;
 
     #[inline(always)]
@@ -97,6 +103,11 @@ impl GroupCodes for Fours {
     ) {
         let codes = codes.as_chunks().0.first_chunk().expect("four steps");
         s.add_nibbles_group(codes, x.codes, x.starts_at_8(), (scales, x.scales), acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS] {
+        unpack::nibbles(s, codes.as_chunks().0.first_chunk().expect("four steps"))
     }
 
     fn number(codes: &[u8], row: usize, col: usize) -> f32 {
@@ -118,6 +129,7 @@ impl Entries for Tabled {
 
 impl GroupCodes for Tabled {
     const BYTES: usize = NIBBLES;
+    const BITS: u32 = 6;
     type Numbers = Table<Tabled>;
 
     #[inline(always)]
@@ -131,6 +143,11 @@ impl GroupCodes for Tabled {
         let codes = codes.as_chunks().0.first_chunk().expect("four steps");
         let starts = x.starts_at_32();
         s.add_tabled_group(&BYTES, codes, x.codes, starts, (scales, x.scales), acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS] {
+        unpack::tabled(s, &BYTES, codes.as_chunks().0.first_chunk().expect("four steps"))
     }
 
     fn number(codes: &[u8], row: usize, col: usize) -> f32 {
@@ -148,6 +165,7 @@ impl GroupCodes for Tabled {
 
 impl GroupCodes for Fives {
     const BYTES: usize = FIVE_BITS;
+    const BITS: u32 = 5;
     type Numbers = Integers<-16, 15>;
 
     #[inline(always)]
@@ -160,6 +178,11 @@ impl GroupCodes for Fives {
     ) {
         let codes = codes.first_chunk().expect("the codes of a group");
         add_five_bits(s, codes, x.starts_at_16(), scales, x, acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS] {
+        unpack_five_bits(s, codes.first_chunk().expect("the codes of a group"))
     }
 
     fn number(codes: &[u8], row: usize, col: usize) -> f32 {
@@ -185,6 +208,7 @@ impl<C: GroupCodes, const N: usize> Packed for RowScaled<C, N> {
     type Block = [u8; N];
     const GROUPS: usize = GROUPS;
     const HEAD_BYTES: usize = UNIT_BYTES;
+    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: C::BITS });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -213,6 +237,12 @@ impl<C: GroupCodes, const N: usize> Packed for RowScaled<C, N> {
         for m in 0..M {
             acc[m] = s.mul(acc[m], units);
         }
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let codes = &block[FACTOR_BYTES + g * C::BYTES..][..C::BYTES];
+        out.put(s, C::unpack(s, codes), [factors(s, block, g)]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

@@ -26,7 +26,7 @@ use super::{
     BLOCK, Format, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, add_half, add_scaled,
     with_planes,
 };
-use crate::simd::{Isa, Kernel, LANES};
+use crate::simd::{Isa, Kernel, LANES, unpack};
 use std::ops::Range;
 
 /// Bytes of a block of the high plane.
@@ -38,6 +38,8 @@ pub type High = [u8; HIGH_BYTES];
 pub trait InPlanes {
     /// Bits of a code in the low plane.
     const LOW_BITS: usize;
+    /// Bits of a code, unpacked.
+    const BITS: u32 = 4 + Self::LOW_BITS as u32;
     /// Bytes of a block of the low plane.
     const LOW_BYTES: usize = PANEL_ROWS * BLOCK * Self::LOW_BITS / 8;
 
@@ -49,6 +51,9 @@ pub trait InPlanes {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     );
+
+    /// The codes of group `g` of a block, a vector for each four columns.
+    fn unpack<S: Isa>(s: S, block: (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS];
 
     /// The low bits of a code.
     fn low(block: &[u8], row: usize, col: usize) -> u8;
@@ -75,6 +80,13 @@ impl InPlanes for W8Planes {
         add_scaled(s, dots, (scales, x.scales), acc);
     }
 
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, (high, low): (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS] {
+        let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
+        let (low, _) = low.as_chunks().0.as_chunks();
+        unpack::planes(s, &high[g], &low[g])
+    }
+
     fn low(block: &[u8], row: usize, col: usize) -> u8 {
         nibble(block, row, col)
     }
@@ -92,25 +104,13 @@ impl InPlanes for W6Planes {
         acc: &mut [S::F; M],
     ) {
         let scales = w4::scales(s, high, g);
-        let steps: &[[[u8; STEP]; 2]] = high[SCALE_BYTES..].as_chunks().0.as_chunks().0;
-        let planes: &[[u8; STEP]] = low.as_chunks().0;
         let mut dots = [s.splat_i32(0); M];
         for m in 0..M {
             dots[m] = s.splat_i32(x.starts_at_32()[m]);
         }
         macro_rules! half {
             ($half:literal) => {
-                let [first, second] = &steps[2 * g + $half];
-                let (first, second) = (s.load_bytes(first), s.load_bytes(second));
-                let (none, plane) =
-                    (s.load_bytes(&[0; STEP]), s.load_bytes(&planes[2 * g + $half]));
-                // Bits 2t and 2t + 1 of the plane become bits 0 and 1, nibbles bits 2 to 5.
-                let codes = [
-                    s.insert_bits::<2, 0x3c>(s.insert_bits::<0, 3>(none, plane), first),
-                    s.insert_bits::<-2, 0x3c>(s.insert_bits::<-2, 3>(none, plane), first),
-                    s.insert_bits::<2, 0x3c>(s.insert_bits::<-4, 3>(none, plane), second),
-                    s.insert_bits::<-2, 0x3c>(s.insert_bits::<-6, 3>(none, plane), second),
-                ];
+                let codes = half_of_six_bits(s, (high, low), g, $half);
                 dots = add_half(s, dots, $half, codes, x);
             };
         }
@@ -119,9 +119,37 @@ impl InPlanes for W6Planes {
         add_scaled(s, dots, (scales, x.scales), acc);
     }
 
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS] {
+        let [[a, b, c, d], [e, f, g, h]] =
+            [half_of_six_bits(s, block, g, 0), half_of_six_bits(s, block, g, 1)];
+        [a, b, c, d, e, f, g, h]
+    }
+
     fn low(block: &[u8], row: usize, col: usize) -> u8 {
         block[col / HALF * STEP + 4 * row + col % 4] >> (col % HALF / 4 * 2) & 3
     }
+}
+
+/// The codes of one half of group `g` of a block of W6Planes.
+#[inline(always)]
+fn half_of_six_bits<S: Isa>(
+    s: S,
+    (high, low): (&High, &[u8]),
+    g: usize,
+    half: usize,
+) -> [S::B; GROUP_STEPS / 2] {
+    let steps: &[[[u8; STEP]; 2]] = high[SCALE_BYTES..].as_chunks().0.as_chunks().0;
+    let [first, second] = &steps[2 * g + half];
+    let (first, second) = (s.load_bytes(first), s.load_bytes(second));
+    let (none, plane) = (s.load_bytes(&[0; STEP]), s.load_bytes(&low.as_chunks().0[2 * g + half]));
+    // Bits 2t and 2t + 1 of the plane become bits 0 and 1, nibbles bits 2 to 5.
+    [
+        s.insert_bits::<2, 0x3c>(s.insert_bits::<0, 3>(none, plane), first),
+        s.insert_bits::<-2, 0x3c>(s.insert_bits::<-2, 3>(none, plane), first),
+        s.insert_bits::<2, 0x3c>(s.insert_bits::<-4, 3>(none, plane), second),
+        s.insert_bits::<-2, 0x3c>(s.insert_bits::<-6, 3>(none, plane), second),
+    ]
 }
 
 /// Bytes of a block of both planes. `format` must be in planes.

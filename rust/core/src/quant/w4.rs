@@ -10,8 +10,8 @@
 //! code 0, so that the larger half of the code range is used.
 
 use super::search::{self, Codes, Integers};
-use super::{Encode, GROUP, GROUP_STEPS, Group, Packed, STEP};
-use crate::simd::{Isa, LANES};
+use super::{Encode, GROUP, GROUP_STEPS, Group, Layout, Packed, STEP, UnpackedGroup};
+use crate::simd::{Isa, LANES, unpack};
 use half::f16;
 
 /// Bytes of the scales at the start of a block.
@@ -25,6 +25,7 @@ pub struct W4;
 impl Packed for W4 {
     type Block = [u8; BLOCK_BYTES];
     const GROUPS: usize = 2;
+    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: 4 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -46,6 +47,12 @@ impl Packed for W4 {
         let scales = scales(s, block, g);
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         s.add_nibbles_group(&codes[g], x.codes, x.starts_at_8(), (scales, x.scales), acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        out.put(s, unpack::nibbles(s, &codes[g]), [scales(s, block, g)]);
     }
 
     #[inline]

@@ -11,8 +11,8 @@
 //! weights are finite.
 
 use super::w4::{SCALE_BYTES, W4, nibble};
-use super::{GROUP, Group, Packed, add_scaled, w4_nl};
-use crate::simd::{Isa, LANES};
+use super::{GROUP, Group, Layout, Packed, UnpackedGroup, add_scaled, w4_nl};
+use crate::simd::{Isa, LANES, unpack};
 
 /// Twice the values of the codes, as the Microscaling specification (OCP, 2023) defines E2M1.
 pub const TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
@@ -25,9 +25,19 @@ pub fn scale(exponent: u8) -> f32 {
     2f64.powi(i32::from(exponent) - 128) as f32
 }
 
+/// The scales of group `g` of a block, a row a lane.
+#[inline(always)]
+fn scales<S: Isa>(s: S, block: &[u8], g: usize) -> S::F {
+    let exponents = s.to_i32(s.load_u8(&block.as_chunks().0[g]));
+    // In two steps, for the smallest scales are below the normal numbers that `exp2i` makes.
+    let scales = s.exp2i(s.add_i32(exponents, s.splat_i32(-126)));
+    s.mul(scales, s.splat(0.25))
+}
+
 impl Packed for W4Mx {
     type Block = <W4 as Packed>::Block;
     const GROUPS: usize = W4::GROUPS;
+    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: 8 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -48,10 +58,14 @@ impl Packed for W4Mx {
     ) {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let dots = w4_nl::dots(s, &BYTES, &codes[g], x);
-        let exponents = s.to_i32(s.load_u8(&block.as_chunks().0[g]));
-        // In two steps, for the smallest scales are below the normal numbers that `exp2i` makes.
-        let scales = s.exp2i(s.add_i32(exponents, s.splat_i32(-126)));
-        add_scaled(s, dots, (s.mul(scales, s.splat(0.25)), x.scales), acc);
+        add_scaled(s, dots, (scales(s, block, g), x.scales), acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        let codes = unpack::tabled(s, &BYTES, &codes[g]);
+        out.put(s, codes, [scales(s, block, g)]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

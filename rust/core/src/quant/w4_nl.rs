@@ -6,8 +6,8 @@
 
 use super::search::{Entries, Table};
 use super::w4::{self, SCALE_BYTES, W4};
-use super::{Encode, GROUP_STEPS, Group, Packed, STEP, add_scaled};
-use crate::simd::{Isa, LANES};
+use super::{Encode, GROUP_STEPS, Group, Layout, Packed, STEP, UnpackedGroup, add_scaled};
+use crate::simd::{Isa, LANES, unpack};
 
 /// The values of the codes, as ggml defines them for IQ4_NL.
 pub const TABLE: [i8; 16] =
@@ -30,6 +30,7 @@ pub struct W4Nl;
 impl Packed for W4Nl {
     type Block = <W4 as Packed>::Block;
     const GROUPS: usize = W4::GROUPS;
+    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: 8 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -51,6 +52,13 @@ impl Packed for W4Nl {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let dots = dots(s, &BYTES, &codes[g], x);
         add_scaled(s, dots, (w4::scales(s, block, g), x.scales), acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        let codes = unpack::tabled(s, &BYTES, &codes[g]);
+        out.put(s, codes, [w4::scales(s, block, g)]);
     }
 
     #[inline]

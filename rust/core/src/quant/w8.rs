@@ -9,8 +9,10 @@
 
 use super::search::{self, Integers};
 use super::w4::{SCALE_BYTES, scale, scales};
-use super::{BLOCK_STEPS, Encode, GROUP, GROUP_STEPS, Group, Packed, add_scaled};
-use crate::simd::{Isa, LANES};
+use super::{
+    BLOCK_STEPS, Encode, GROUP, GROUP_STEPS, Group, Layout, Packed, UnpackedGroup, add_scaled,
+};
+use crate::simd::{Isa, LANES, unpack};
 
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = SCALE_BYTES + BLOCK_STEPS * 4 * LANES;
@@ -22,6 +24,7 @@ pub struct W8;
 impl Packed for W8 {
     type Block = [u8; BLOCK_BYTES];
     const GROUPS: usize = 2;
+    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: 8 });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -44,6 +47,12 @@ impl Packed for W8 {
         let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let dots = s.dot_bytes_group(&codes[g], x.codes, x.starts_at_128());
         add_scaled(s, dots, (scales, x.scales), acc);
+    }
+
+    #[inline(always)]
+    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+        out.put(s, unpack::bytes(s, &codes[g]), [scales(s, block, g)]);
     }
 
     #[inline]

@@ -134,6 +134,49 @@ impl<const VNNI: bool> Avx2<VNNI> {
         sum
     }
 
+    /// `add_codes` for the T tokens from `first`, without VNNI.
+    #[inline(always)]
+    fn add_codes_of<const BITS: u32, const N: usize, const M: usize, const T: usize>(
+        self,
+        codes: &[[u8; 4 * LANES]; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+        scales: ([__m256; 2], &[f32; M]),
+        acc: &mut [[__m256; 2]; M],
+        first: usize,
+    ) {
+        // Products of pairs of codes that 16 bits hold: 127 (2^BITS - 1) 2 run < 2^15.
+        let run = 1 << (7 - BITS);
+        let mut sums = [[op!(_mm256_setzero_si256()); 2]; T];
+        for i in 0..T {
+            sums[i] = [op!(_mm256_set1_epi32(starts[first + i])); 2];
+        }
+        for t in (0..N).step_by(run) {
+            let mut pairs = [[op!(_mm256_setzero_si256()); 2]; T];
+            for u in t..N.min(t + run) {
+                let w = [eight_rows(&codes[u], 0), eight_rows(&codes[u], 1)];
+                for i in 0..T {
+                    let x = self.splat_bytes(x[u][first + i]);
+                    for half in 0..2 {
+                        pairs[i][half] = self.add_nibbles(pairs[i][half], w[half], x);
+                    }
+                }
+            }
+            for i in 0..T {
+                for half in 0..2 {
+                    let dots = self.pairs_of_nibbles(pairs[i][half]);
+                    sums[i][half] = op!(_mm256_add_epi32(sums[i][half], dots));
+                }
+            }
+        }
+        for i in 0..T {
+            for half in 0..2 {
+                let (acc, x) = (&mut acc[first + i][half], scales.1[first + i]);
+                *acc = self.scale_eight(sums[i][half], scales.0[half], x, *acc);
+            }
+        }
+    }
+
     /// acc + dots times scales, of eight rows.
     #[inline(always)]
     fn scale_eight(self, dots: __m256i, weights: __m256, x: f32, acc: __m256) -> __m256 {
@@ -367,6 +410,14 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
+    fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]) {
+        // SAFETY: `y` is 64 writable bytes; the stores need no alignment.
+        unsafe {
+            _mm256_storeu_si256(y.as_mut_ptr().cast(), b[0]);
+            _mm256_storeu_si256(y.as_mut_ptr().add(32).cast(), b[1]);
+        }
+    }
+    #[inline(always)]
     fn low_nibbles(self, b: Self::B) -> Self::B {
         let mask = op!(_mm256_set1_epi8(15));
         op!([_mm256_and_si256(b[0], mask), _mm256_and_si256(b[1], mask)])
@@ -596,6 +647,35 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                 let dots = self.dots_of_eight::<4, 2, M>(w, x, starts[m], m);
                 acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
             }
+        }
+    }
+
+    // Without VNNI a few tokens at a time, whose running products fit the registers.
+    #[inline(always)]
+    fn add_codes<const BITS: u32, const N: usize, const M: usize>(
+        self,
+        codes: &[[u8; 4 * LANES]; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        if VNNI || BITS == 8 {
+            let dots = each_token::bytes::<Self, BITS, N, M>(self, codes, x, starts);
+            return add_scaled(self, dots, scales, acc);
+        }
+        let most = if BITS == 4 { 6 } else { 3 };
+        let mut m = 0;
+        while m < M {
+            match most.min(M - m) {
+                1 => self.add_codes_of::<BITS, N, M, 1>(codes, x, starts, scales, acc, m),
+                2 => self.add_codes_of::<BITS, N, M, 2>(codes, x, starts, scales, acc, m),
+                3 => self.add_codes_of::<BITS, N, M, 3>(codes, x, starts, scales, acc, m),
+                4 => self.add_codes_of::<BITS, N, M, 4>(codes, x, starts, scales, acc, m),
+                5 => self.add_codes_of::<BITS, N, M, 5>(codes, x, starts, scales, acc, m),
+                _ => self.add_codes_of::<BITS, N, M, 6>(codes, x, starts, scales, acc, m),
+            }
+            m += most;
         }
     }
 

@@ -199,6 +199,11 @@ impl Isa for Avx512 {
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
     }
     #[inline(always)]
+    fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]) {
+        // SAFETY: `y` is 64 writable bytes; the store needs no alignment.
+        unsafe { _mm512_storeu_si512(y.as_mut_ptr().cast(), b) }
+    }
+    #[inline(always)]
     fn low_nibbles(self, b: Self::B) -> Self::B {
         op!(_mm512_and_si512(b, _mm512_set1_epi8(15)))
     }

@@ -99,6 +99,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn store_i8(self, a: Self::I, y: &mut [i8; LANES]);
 
     fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::B;
+    fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]);
     fn low_nibbles(self, b: Self::B) -> Self::B;
     fn high_nibbles(self, b: Self::B) -> Self::B;
     /// Bytes whose halves are the low nibbles of `high` and `low`.
@@ -155,7 +156,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
         x: &[[[i8; 4]; M]; 8],
         starts: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::bytes(self, codes, x, starts)
+        each_token::bytes::<Self, 8, 8, M>(self, codes, x, starts)
     }
     /// As `dot_bytes_group` for codes whose halves lie apart, in the order of
     /// `dot_nibbles_group`: sum of (code - 128) x.
@@ -222,6 +223,23 @@ pub trait Isa: Copy + Send + Sync + 'static {
     ) {
         add_scaled(self, each_token::six_bits(self, plane, codes, x, starts), scales, acc);
     }
+    /// acc += scales times dot products of codes of up to BITS bits that lie in bytes, each begun with the
+    /// token's number in `starts`. For 4, 5 and 6 bits the products are of the codes; for 8 of the codes less
+    /// 128, and the starts are -128 times the sum of each token's x.
+    ///
+    /// codes, x: four columns each, N of 4 or 8 times.
+    #[inline(always)]
+    fn add_codes<const BITS: u32, const N: usize, const M: usize>(
+        self,
+        codes: &[[u8; 4 * LANES]; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        let dots = each_token::bytes::<Self, BITS, N, M>(self, codes, x, starts);
+        add_scaled(self, dots, scales, acc);
+    }
     /// What `dot_bytes` begins with for codes with a zero of 128.
     ///
     /// start: -128 times the sum of x, from memory: a number from there is in all lanes for
@@ -245,9 +263,154 @@ pub fn add_scaled<S: Isa, const M: usize>(
     }
 }
 
+/// Codes of a group of columns, a vector for each four.
+///
+/// Loops and no closures: `array::map` and `from_fn` are not always inlined.
+pub mod unpack {
+    use super::{Isa, LANES};
+
+    #[inline(always)]
+    pub fn nibbles<S: Isa>(s: S, codes: &[[u8; 4 * LANES]; 4]) -> [S::B; 8] {
+        let mut out = [s.load_bytes(&codes[0]); 8];
+        for t in 0..4 {
+            let w = s.load_bytes(&codes[t]);
+            (out[2 * t], out[2 * t + 1]) = (s.low_nibbles(w), s.high_nibbles(w));
+        }
+        out
+    }
+
+    /// Places in a table of codes.
+    #[inline(always)]
+    pub fn tabled<S: Isa>(s: S, table: &[u8; 16], codes: &[[u8; 4 * LANES]; 4]) -> [S::B; 8] {
+        let mut out = nibbles(s, codes);
+        for t in 0..8 {
+            out[t] = s.lookup(table, out[t]);
+        }
+        out
+    }
+
+    /// See [`Isa::add_five_bits_group`].
+    #[inline(always)]
+    pub fn five_bits<S: Isa>(
+        s: S,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 4],
+    ) -> [S::B; 8] {
+        let plane = s.load_bytes(plane);
+        let [a, b, c, d, e, f, g, h] = nibbles(s, codes);
+        // Bit t of the plane becomes bit 4.
+        [
+            s.insert_bits::<4, 0x10>(a, plane),
+            s.insert_bits::<3, 0x10>(b, plane),
+            s.insert_bits::<2, 0x10>(c, plane),
+            s.insert_bits::<1, 0x10>(d, plane),
+            s.insert_bits::<0, 0x10>(e, plane),
+            s.insert_bits::<-1, 0x10>(f, plane),
+            s.insert_bits::<-2, 0x10>(g, plane),
+            s.insert_bits::<-3, 0x10>(h, plane),
+        ]
+    }
+
+    /// See [`Isa::add_six_bits_half`].
+    #[inline(always)]
+    pub fn six_bits<S: Isa>(
+        s: S,
+        plane: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; 2],
+    ) -> [S::B; 4] {
+        let plane = s.load_bytes(plane);
+        let w = [s.load_bytes(&codes[0]), s.load_bytes(&codes[1])];
+        // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
+        [
+            s.insert_bits::<4, 0x30>(s.low_nibbles(w[0]), plane),
+            s.insert_bits::<2, 0x30>(s.high_nibbles(w[0]), plane),
+            s.insert_bits::<0, 0x30>(s.low_nibbles(w[1]), plane),
+            s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
+        ]
+    }
+
+    /// See [`Isa::dot_planes_group`].
+    #[inline(always)]
+    pub fn planes<S: Isa>(
+        s: S,
+        high: &[[u8; 4 * LANES]; 4],
+        low: &[[u8; 4 * LANES]; 4],
+    ) -> [S::B; 8] {
+        let mut out = [s.load_bytes(&high[0]); 8];
+        for t in 0..4 {
+            let (high, low) = (s.load_bytes(&high[t]), s.load_bytes(&low[t]));
+            out[2 * t] = s.join_low_nibbles(high, low);
+            out[2 * t + 1] = s.join_high_nibbles(high, low);
+        }
+        out
+    }
+
+    #[inline(always)]
+    pub fn bytes<S: Isa>(s: S, codes: &[[u8; 4 * LANES]; 8]) -> [S::B; 8] {
+        let mut out = [s.load_bytes(&codes[0]); 8];
+        for t in 1..8 {
+            out[t] = s.load_bytes(&codes[t]);
+        }
+        out
+    }
+}
+
 /// Products of a group of columns with several tokens, one after the other.
 mod each_token {
-    use super::{Isa, LANES};
+    use super::{Isa, LANES, unpack};
+
+    /// Of N steps of codes of up to BITS bits, see [`Isa::add_codes`].
+    #[inline(always)]
+    fn dots<S: Isa, const BITS: u32, const N: usize, const M: usize>(
+        s: S,
+        codes: impl Fn(usize) -> S::B,
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+    ) -> [S::I; M] {
+        let mut out = [s.splat_i32(0); M];
+        macro_rules! products {
+            ($acc:ident, $dot:ident) => {
+                for t in 0..N {
+                    let w = codes(t);
+                    for m in 0..M {
+                        $acc[m] = s.$dot($acc[m], w, s.splat_bytes(x[t][m]));
+                    }
+                }
+            };
+        }
+        if BITS == 4 {
+            let mut acc = [s.start_nibbles(0); M];
+            for m in 0..M {
+                acc[m] = s.start_nibbles(starts[m]);
+            }
+            products!(acc, dot_nibbles);
+            for m in 0..M {
+                out[m] = s.end_nibbles(acc[m], starts[m]);
+            }
+        } else if BITS < 8 {
+            for m in 0..M {
+                out[m] = s.splat_i32(starts[m]);
+            }
+            products!(out, dot_codes);
+        } else {
+            for m in 0..M {
+                out[m] = s.start_bytes(starts[m]);
+            }
+            products!(out, dot_bytes);
+        }
+        out
+    }
+
+    /// Of codes that lie in bytes.
+    #[inline(always)]
+    pub fn bytes<S: Isa, const BITS: u32, const N: usize, const M: usize>(
+        s: S,
+        codes: &[[u8; 4 * LANES]; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+    ) -> [S::I; M] {
+        dots::<S, BITS, N, M>(s, |t| s.load_bytes(&codes[t]), x, starts)
+    }
 
     #[inline(always)]
     pub fn nibbles<S: Isa, const M: usize>(
@@ -256,43 +419,8 @@ mod each_token {
         x: &[[[i8; 4]; M]; 8],
         starts: &[i32; M],
     ) -> [S::I; M] {
-        let mut acc = [s.start_nibbles(0); M];
-        for m in 0..M {
-            acc[m] = s.start_nibbles(starts[m]);
-        }
-        for t in 0..4 {
-            let w = s.load_bytes(&codes[t]);
-            let (low, high) = (s.low_nibbles(w), s.high_nibbles(w));
-            for m in 0..M {
-                acc[m] = s.dot_nibbles(acc[m], low, s.splat_bytes(x[2 * t][m]));
-                acc[m] = s.dot_nibbles(acc[m], high, s.splat_bytes(x[2 * t + 1][m]));
-            }
-        }
-        let mut out = [s.splat_i32(0); M];
-        for m in 0..M {
-            out[m] = s.end_nibbles(acc[m], starts[m]);
-        }
-        out
-    }
-
-    #[inline(always)]
-    pub fn bytes<S: Isa, const M: usize>(
-        s: S,
-        codes: &[[u8; 4 * LANES]; 8],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [S::I; M] {
-        let mut acc = [s.splat_i32(0); M];
-        for m in 0..M {
-            acc[m] = s.start_bytes(starts[m]);
-        }
-        for t in 0..8 {
-            let w = s.load_bytes(&codes[t]);
-            for m in 0..M {
-                acc[m] = s.dot_bytes(acc[m], w, s.splat_bytes(x[t][m]));
-            }
-        }
-        acc
+        let codes = unpack::nibbles(s, codes);
+        dots::<S, 4, 8, M>(s, |t| codes[t], x, starts)
     }
 
     #[inline(always)]
@@ -303,20 +431,8 @@ mod each_token {
         x: &[[[i8; 4]; M]; 8],
         starts: &[i32; M],
     ) -> [S::I; M] {
-        let mut acc = [s.splat_i32(0); M];
-        for m in 0..M {
-            acc[m] = s.start_bytes(starts[m]);
-        }
-        for t in 0..4 {
-            let (high, low) = (s.load_bytes(&high[t]), s.load_bytes(&low[t]));
-            let first = s.join_low_nibbles(high, low);
-            let second = s.join_high_nibbles(high, low);
-            for m in 0..M {
-                acc[m] = s.dot_bytes(acc[m], first, s.splat_bytes(x[2 * t][m]));
-                acc[m] = s.dot_bytes(acc[m], second, s.splat_bytes(x[2 * t + 1][m]));
-            }
-        }
-        acc
+        let codes = unpack::planes(s, high, low);
+        dots::<S, 8, 8, M>(s, |t| codes[t], x, starts)
     }
 
     #[inline(always)]
@@ -327,25 +443,8 @@ mod each_token {
         x: &[[[i8; 4]; M]; 8],
         starts: &[i32; M],
     ) -> [S::I; M] {
-        let plane = s.load_bytes(plane);
-        let mut acc = [s.splat_i32(0); M];
-        for m in 0..M {
-            acc[m] = s.splat_i32(starts[m]);
-        }
-        macro_rules! steps {
-            ($(($t:literal, $first:literal, $second:literal))*) => {$(
-                let w = s.load_bytes(&codes[$t]);
-                let first = s.insert_bits::<$first, 0x10>(s.low_nibbles(w), plane);
-                let second = s.insert_bits::<$second, 0x10>(s.high_nibbles(w), plane);
-                for m in 0..M {
-                    acc[m] = s.dot_codes(acc[m], first, s.splat_bytes(x[2 * $t][m]));
-                    acc[m] = s.dot_codes(acc[m], second, s.splat_bytes(x[2 * $t + 1][m]));
-                }
-            )*};
-        }
-        // Bit t of the plane becomes bit 4.
-        steps!((0, 4, 3)(1, 2, 1)(2, 0, -1)(3, -2, -3));
-        acc
+        let codes = unpack::five_bits(s, plane, codes);
+        dots::<S, 5, 8, M>(s, |t| codes[t], x, starts)
     }
 
     #[inline(always)]
@@ -356,20 +455,8 @@ mod each_token {
         x: &[[[i8; 4]; M]; 8],
         starts: &[i32; M],
     ) -> [S::I; M] {
-        let mut acc = [s.splat_i32(0); M];
-        for m in 0..M {
-            acc[m] = s.splat_i32(starts[m]);
-        }
-        for t in 0..4 {
-            let w = s.load_bytes(&codes[t]);
-            let low = s.lookup(table, s.low_nibbles(w));
-            let high = s.lookup(table, s.high_nibbles(w));
-            for m in 0..M {
-                acc[m] = s.dot_codes(acc[m], low, s.splat_bytes(x[2 * t][m]));
-                acc[m] = s.dot_codes(acc[m], high, s.splat_bytes(x[2 * t + 1][m]));
-            }
-        }
-        acc
+        let codes = unpack::tabled(s, table, codes);
+        dots::<S, 6, 8, M>(s, |t| codes[t], x, starts)
     }
 
     #[inline(always)]
@@ -380,25 +467,8 @@ mod each_token {
         x: &[[[i8; 4]; M]; 4],
         starts: &[i32; M],
     ) -> [S::I; M] {
-        let plane = s.load_bytes(plane);
-        let w = [s.load_bytes(&codes[0]), s.load_bytes(&codes[1])];
-        // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
-        let codes = [
-            s.insert_bits::<4, 0x30>(s.low_nibbles(w[0]), plane),
-            s.insert_bits::<2, 0x30>(s.high_nibbles(w[0]), plane),
-            s.insert_bits::<0, 0x30>(s.low_nibbles(w[1]), plane),
-            s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
-        ];
-        let mut dots = [s.splat_i32(0); M];
-        for m in 0..M {
-            dots[m] = s.splat_i32(starts[m]);
-        }
-        for t in 0..4 {
-            for m in 0..M {
-                dots[m] = s.dot_codes(dots[m], codes[t], s.splat_bytes(x[t][m]));
-            }
-        }
-        dots
+        let codes = unpack::six_bits(s, plane, codes);
+        dots::<S, 6, 4, M>(s, |t| codes[t], x, starts)
     }
 }
 

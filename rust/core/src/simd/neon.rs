@@ -15,7 +15,7 @@
 //! A token left over takes `sdot`. `sdot`, `smmla` and `prfm` are written as assembly: there is no
 //! stable intrinsic.
 
-use super::{Isa, Kernel, LANES, each_token};
+use super::{Isa, Kernel, LANES, add_scaled, each_token};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -444,6 +444,11 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         }
     }
     #[inline(always)]
+    fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]) {
+        // SAFETY: `y` is 64 writable bytes; a store of bytes needs no alignment.
+        unsafe { vst1q_u8_x4(y.as_mut_ptr(), uint8x16x4_t(b[0], b[1], b[2], b[3])) }
+    }
+    #[inline(always)]
     fn low_nibbles(self, b: Self::B) -> Self::B {
         each!(vandq_u8(b, [vdupq_n_u8(15); 4]))
     }
@@ -572,7 +577,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         starts: &[i32; M],
     ) -> [Self::I; M] {
         if !I8MM || M == 1 {
-            return each_token::bytes(self, codes, x, starts);
+            return each_token::bytes::<Self, 8, 8, M>(self, codes, x, starts);
         }
         let mut acc = [self.splat_i32(0); M];
         for t in (0..8).step_by(2) {
@@ -582,6 +587,33 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
             unsafe { products_of_pairs(&mut acc, first, second, [&x[t], &x[t + 1]]) };
         }
         self.part_pairs(acc, &[0; M])
+    }
+    #[inline(always)]
+    fn add_codes<const BITS: u32, const N: usize, const M: usize>(
+        self,
+        codes: &[[u8; 4 * LANES]; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+    ) {
+        let dots = if I8MM && M > 1 {
+            let mut acc = [self.splat_i32(0); M];
+            let signed = |w: Self::B| match BITS {
+                8 => self.signed(w),
+                _ => each!(vreinterpretq_s8_u8(w)),
+            };
+            for t in (0..N).step_by(2) {
+                let first = signed(self.load_bytes(&codes[t]));
+                let second = signed(self.load_bytes(&codes[t + 1]));
+                // SAFETY: `self` proves the instructions.
+                unsafe { products_of_pairs(&mut acc, first, second, [&x[t], &x[t + 1]]) };
+            }
+            self.part_pairs(acc, if BITS == 8 { &[0; M] } else { starts })
+        } else {
+            each_token::bytes::<Self, BITS, N, M>(self, codes, x, starts)
+        };
+        add_scaled(self, dots, scales, acc);
     }
 }
 

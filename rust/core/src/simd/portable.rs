@@ -166,6 +166,10 @@ impl Isa for Portable {
         *x
     }
     #[inline(always)]
+    fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]) {
+        *y = b;
+    }
+    #[inline(always)]
     fn low_nibbles(self, b: Self::B) -> Self::B {
         b.map(|b| b & 15)
     }
