@@ -14,7 +14,7 @@ use crate::quant::float::F16;
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS};
 use crate::random::Random;
-use crate::simd::{Cpu, Isa, Kernel, LANES};
+use crate::simd::{Cpu, Isa, Kernel, LANES, TILE_TOKENS};
 use crate::state::KV_CHUNK;
 use crate::tensor::AlignedBuf;
 use std::time::{Duration, Instant};
@@ -57,12 +57,11 @@ pub fn matmul(
     }
     let mut x = vec![0.0; tokens * cols];
     random.fill(1.0, &mut x);
-    let tile_tokens = cpu.tile_tokens();
-    let mut y = vec![0.0; tile_tokens * rows];
+    let mut y = vec![0.0; TILE_TOKENS * rows];
     if !format.is_packed() {
         let start = Instant::now();
         for _ in 0..repeats {
-            for x in x.chunks(tile_tokens * cols) {
+            for x in x.chunks(TILE_TOKENS * cols) {
                 let y = &mut y[..x.len() / cols * rows];
                 matmul::float(cpu, format, &w, cols, x, Outputs::of(y, rows));
                 std::hint::black_box(y);
@@ -71,7 +70,7 @@ pub fn matmul(
         return start.elapsed();
     }
     let tiles: Vec<QuantTile> = x
-        .chunks(tile_tokens * cols)
+        .chunks(TILE_TOKENS * cols)
         .map(|x| {
             let mut tile = QuantTile::default();
             tile.quantize(cpu, x, cols);

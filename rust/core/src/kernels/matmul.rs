@@ -219,6 +219,7 @@ mod tests {
     use crate::kernels::testing::{Made, Panels, assert_close, multiply, pack, random};
     use crate::quant::w4::SCALE_BYTES;
     use crate::quant::{BLOCK, GROUP, decode_row};
+    use crate::simd::TILE_TOKENS;
     use half::{bf16, f16};
 
     #[test]
@@ -228,7 +229,7 @@ mod tests {
                 for (rows, cols) in [(1, 1), (16, 64), (17, 160), (40, 256), (33, 1000)] {
                     let cols = made.cols(cols);
                     let Panels { format, bytes, decoded } = made.matrix(cpu, rows, cols, 5);
-                    for tokens in 1..=cpu.tile_tokens() {
+                    for tokens in 1..=TILE_TOKENS {
                         let x = random(tokens * cols, 6);
                         let mut tile = QuantTile::default();
                         tile.quantize(cpu, &x, cols);
@@ -282,7 +283,7 @@ mod tests {
             let Panels { format, bytes, .. } = made.matrix(Cpu::best(), rows, cols, 7);
             let mut first: Option<Vec<f32>> = None;
             for cpu in Cpu::all() {
-                let tokens = cpu.tile_tokens();
+                let tokens = TILE_TOKENS;
                 let x = random(14 * cols, 8);
                 let x = &x[..tokens * cols];
                 let mut tile = QuantTile::default();
@@ -350,7 +351,7 @@ mod tests {
                     Format::W8Planes => pack(cpu, Format::W8, &w, cols),
                     _ => six_bits_as_w8(&planes, cols),
                 };
-                for tokens in 1..=cpu.tile_tokens() {
+                for tokens in 1..=TILE_TOKENS {
                     // All signs of the largest code, and values in between.
                     let mut x = random(tokens * cols, 13);
                     x[..cols.min(64)].fill(1.0);

@@ -138,13 +138,10 @@ pub(crate) trait PanelProduct {
             (few: $($few:literal)*; many: $($many:literal)*) => {
                 match self.size().1 {
                     0 => {}
-                    // Code for one panel at a time is there where it counts: one token, and whole tiles.
+                    // Code for one panel at a time is there where it counts.
                     1 if !self.abreast() => self.all::<S, 1, 1>(s),
-                    $($few if $few < S::TILE_TOKENS || self.abreast() && $few == S::TILE_TOKENS => {
-                        self.all::<S, ABREAST, $few>(s);
-                    })*
-                    $($few if $few == S::TILE_TOKENS => self.all::<S, 1, $few>(s),)*
-                    $($many if Self::MANY && $many <= S::TILE_TOKENS => self.all::<S, 1, $many>(s),)*
+                    $($few => self.all::<S, ABREAST, $few>(s),)*
+                    $($many if Self::MANY => self.all::<S, 1, $many>(s),)*
                     m => panic!("a tile of {m} tokens for panels that are read as they lie"),
                 }
             };

@@ -2,7 +2,7 @@
 //!
 //! Each token has one f32 scale (absmax / 127) per group of 32, and the sum of its codes times what
 //! formats need. Tokens
-//! come in tiles of at most [`Isa::TILE_TOKENS`], and inside a tile the tokens are innermost: rows
+//! come in tiles of at most [`TILE_TOKENS`](crate::simd::TILE_TOKENS), and inside a tile the tokens are innermost: rows
 //! a power of two apart would evict each other from the cache.
 
 use super::load_some;

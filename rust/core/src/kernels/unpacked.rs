@@ -16,7 +16,7 @@ use crate::quant::{
     BLOCK, Format, GROUP, GROUP_STEPS, Group, Layout, Lines, PANEL_ROWS, Packed, STEP,
     UnpackedGroup, add_offsets, panel_bytes, w4, with_packed, with_planes,
 };
-use crate::simd::{Cpu, Isa, Kernel, LANES};
+use crate::simd::{Cpu, Isa, Kernel, LANES, TILE_TOKENS};
 use std::marker::PhantomData;
 
 /// Whole panels with a byte for each code.
@@ -168,8 +168,7 @@ impl<P: InPlanes> Kernel for UnpackPlanes<'_, P> {
 
 /// Product of unpacked panels with the tokens of a tile.
 ///
-/// y: a row of up to 16 for each panel, for each token. Panics if the lengths disagree, or the tile holds
-/// more tokens than the instruction set takes.
+/// y: a row of up to 16 for each panel, for each token. Panics if the lengths disagree.
 pub fn product(cpu: Cpu, panels: &Unpacked, x: &QuantTile, y: Outputs<'_>) {
     y.check(x.tokens(), panels.units.len());
     macro_rules! run {
@@ -295,8 +294,8 @@ impl<L: Terms> Kernel for Product<'_, L> {
             ($($m:literal)*) => {
                 match self.x.tokens() {
                     0 => {}
-                    $($m if $m <= S::TILE_TOKENS => self.tokens::<S, $m>(s),)*
-                    m => panic!("a tile of {m} tokens, the limit is {}", S::TILE_TOKENS),
+                    $($m => self.tokens::<S, $m>(s),)*
+                    m => panic!("a tile of {m} tokens, the limit is {TILE_TOKENS}"),
                 }
             };
         }
@@ -318,7 +317,7 @@ mod tests {
                     let cols = made.cols(cols);
                     let Panels { format, bytes, .. } = made.matrix(cpu, rows, cols, 5);
                     let unpacked = unpack(cpu, format, &bytes, cols, Ask::ToL2);
-                    for tokens in 1..=cpu.tile_tokens().min(FEW_TOKENS) {
+                    for tokens in 1..=FEW_TOKENS {
                         let mut tile = QuantTile::default();
                         tile.quantize(cpu, &random(tokens * cols, 6), cols);
                         // Products are added to what is there, or replace it.

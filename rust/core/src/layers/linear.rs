@@ -9,6 +9,7 @@ use crate::profile::Part;
 use crate::quant::reorder::{panel_format, reorder_panel};
 use crate::quant::two_planes::Planes;
 use crate::quant::{Format, PANEL_ROWS, decode_row, panel_bytes};
+use crate::simd::TILE_TOKENS;
 use crate::tensor::{Bytes, Tensor, resize, widen_rows};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -207,7 +208,7 @@ impl Input {
         if !matrices.iter().any(|m| m.format.is_quantised()) {
             return;
         }
-        let (cols, tile) = (self.cols, ctx.cpu.tile_tokens());
+        let (cols, tile) = (self.cols, TILE_TOKENS);
         let n = self.tokens.div_ceil(tile);
         if self.tiles.len() < n {
             self.tiles.resize_with(n, QuantTile::default);
@@ -240,7 +241,7 @@ impl Input {
         y: Outputs<'_>,
     ) {
         let cols = self.cols;
-        let tile = || &self.tiles[tokens.start / ctx.cpu.tile_tokens()];
+        let tile = || &self.tiles[tokens.start / TILE_TOKENS];
         // The tiles take a chunk of weights in turn, and all but the first find it in a cache.
         let ask = match ctx.reading.ask {
             Ask::No if tokens.len() >= FEW_TOKENS => Ask::ToL1,
@@ -290,7 +291,6 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
     let tokens = x.tokens();
     assert_eq!(y.len(), tokens * width);
     let cols = chunk_cols(ctx, matrices);
-    let tile_tokens = ctx.cpu.tile_tokens();
     ctx.run_tiles(
         y,
         width,
@@ -307,8 +307,8 @@ pub fn project(ctx: Context<'_>, matrices: &[&Matrix], x: &Input, add: bool, y: 
                     let weights = matrix.weights_for(ctx, tokens, rows.clone(), bytes, work);
                     let place = first + rows.start - y.cols().start;
                     let part = place..place + rows.len();
-                    for t in (0..tokens).step_by(tile_tokens) {
-                        let tile = t..(t + tile_tokens).min(tokens);
+                    for t in (0..tokens).step_by(TILE_TOKENS) {
+                        let tile = t..(t + TILE_TOKENS).min(tokens);
                         let rows = y.some_rows(tile.clone()).map(|row| &mut row[part.clone()]);
                         x.product(ctx, &weights, tile, Outputs::new(rows, add));
                     }
@@ -351,14 +351,13 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
     assert_eq!(y.len(), tokens * gate.rows);
     // A chunk reads both matrices, so half the columns hold the same bytes.
     let cols = (chunk_cols(ctx, &[gate, up]) / 2).next_multiple_of(ABREAST * PANEL_ROWS);
-    let tile_tokens = ctx.cpu.tile_tokens();
     let init = |thread| ([Vec::new(), Vec::new()], ctx.unpacking_of(thread), Vec::new());
     ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(bytes, work, gates), mut y| {
         let [gate_bytes, up_bytes] = bytes;
         for rows in gate.spans(y.cols(), tokens) {
             let width = rows.len();
             let part = rows.start - y.cols().start..rows.end - y.cols().start;
-            gates.resize(tile_tokens * width, 0.0);
+            gates.resize(TILE_TOKENS * width, 0.0);
             let (gate_work, up_work) = match work.as_mut() {
                 Some(work) => {
                     let [gate, up] = &mut **work;
@@ -368,8 +367,8 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
             };
             let gate = gate.weights_for(ctx, tokens, rows.clone(), gate_bytes, gate_work);
             let up = up.weights_for(ctx, tokens, rows, up_bytes, up_work);
-            for t in (0..tokens).step_by(tile_tokens) {
-                let tile = t..(t + tile_tokens).min(tokens);
+            for t in (0..tokens).step_by(TILE_TOKENS) {
+                let tile = t..(t + TILE_TOKENS).min(tokens);
                 let gates = &mut gates[..tile.len() * width];
                 x.product(ctx, &gate, tile.clone(), Outputs::of(gates, width));
                 let out = y.some_rows(tile.clone()).map(|row| &mut row[part.clone()]);

@@ -4,7 +4,7 @@
 //! saturates. Codes up to 15 leave room for a whole group: 16 * 2 * 15 * 127 / 2 = 30 480 after
 //! eight steps. Larger codes are widened at once, as |w| and x with the sign of w.
 
-use super::{Isa, Kernel, LANES, StackLine, add_scaled, each_token};
+use super::{Isa, Kernel, LANES, StackLine, add_scaled, add_scaled_of, each_token};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
@@ -134,49 +134,6 @@ impl<const VNNI: bool> Avx2<VNNI> {
         sum
     }
 
-    /// `add_codes` for the T tokens from `first`, without VNNI.
-    #[inline(always)]
-    fn add_codes_of<const BITS: u32, const N: usize, const M: usize, const T: usize>(
-        self,
-        codes: &[[u8; 4 * LANES]; N],
-        x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
-        scales: ([__m256; 2], &[f32; M]),
-        acc: &mut [[__m256; 2]; M],
-        first: usize,
-    ) {
-        // Products of pairs of codes that 16 bits hold: 127 (2^BITS - 1) 2 run < 2^15.
-        let run = 1 << (7 - BITS);
-        let mut sums = [[op!(_mm256_setzero_si256()); 2]; T];
-        for i in 0..T {
-            sums[i] = [op!(_mm256_set1_epi32(starts[first + i])); 2];
-        }
-        for t in (0..N).step_by(run) {
-            let mut pairs = [[op!(_mm256_setzero_si256()); 2]; T];
-            for u in t..N.min(t + run) {
-                let w = [eight_rows(&codes[u], 0), eight_rows(&codes[u], 1)];
-                for i in 0..T {
-                    let x = self.splat_bytes(x[u][first + i]);
-                    for half in 0..2 {
-                        pairs[i][half] = self.add_nibbles(pairs[i][half], w[half], x);
-                    }
-                }
-            }
-            for i in 0..T {
-                for half in 0..2 {
-                    let dots = self.pairs_of_nibbles(pairs[i][half]);
-                    sums[i][half] = op!(_mm256_add_epi32(sums[i][half], dots));
-                }
-            }
-        }
-        for i in 0..T {
-            for half in 0..2 {
-                let (acc, x) = (&mut acc[first + i][half], scales.1[first + i]);
-                *acc = self.scale_eight(sums[i][half], scales.0[half], x, *acc);
-            }
-        }
-    }
-
     /// acc + dots times scales, of eight rows.
     #[inline(always)]
     fn scale_eight(self, dots: __m256i, weights: __m256, x: f32, acc: __m256) -> __m256 {
@@ -204,9 +161,6 @@ impl<const VNNI: bool> Avx2<VNNI> {
 }
 
 impl<const VNNI: bool> Isa for Avx2<VNNI> {
-    // Three integer and three float accumulators of two registers leave 4 of 16. Without VNNI
-    // the codes of eight rows are in registers, and the accumulators of all tokens in the cache.
-    const TILE_TOKENS: usize = if VNNI { 3 } else { 12 };
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
@@ -516,9 +470,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         unsafe { _mm_prefetch::<_MM_HINT_NTA>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
     }
 
-    // Without VNNI eight rows at a time, whose codes stay in registers, with one token after the other:
-    // with twelve tokens a Zen 5 core does 1.1 (four bits) to 1.3 times as much as with six tokens in
-    // registers. With VNNI it lost a tenth.
+    // Without VNNI eight rows at a time, whose codes stay in registers while a few tokens pass.
     #[inline(always)]
     fn dot_nibbles_group<const M: usize>(
         self,
@@ -650,32 +602,59 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
 
-    // Without VNNI a few tokens at a time, whose running products fit the registers.
+    // Running products are two registers of 16 a token, or three where sums of 16 bits become sums of 32 on
+    // the way; the float accumulators of a tile are in the cache.
     #[inline(always)]
-    fn add_codes<const BITS: u32, const N: usize, const M: usize>(
+    fn register_tokens(bits: u32) -> usize {
+        match bits {
+            _ if VNNI => 4,
+            4 => 6,
+            _ => 3,
+        }
+    }
+    #[inline(always)]
+    fn add_codes_of<const BITS: u32, const N: usize, const M: usize, const T: usize>(
         self,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
+        first: usize,
     ) {
         if VNNI || BITS == 8 {
-            let dots = each_token::bytes::<Self, BITS, N, M>(self, codes, x, starts);
-            return add_scaled(self, dots, scales, acc);
+            let dots = each_token::bytes::<Self, BITS, N, M, T>(self, codes, x, starts, first);
+            return add_scaled_of(self, dots, scales, acc, first);
         }
-        let most = if BITS == 4 { 6 } else { 3 };
-        let mut m = 0;
-        while m < M {
-            match most.min(M - m) {
-                1 => self.add_codes_of::<BITS, N, M, 1>(codes, x, starts, scales, acc, m),
-                2 => self.add_codes_of::<BITS, N, M, 2>(codes, x, starts, scales, acc, m),
-                3 => self.add_codes_of::<BITS, N, M, 3>(codes, x, starts, scales, acc, m),
-                4 => self.add_codes_of::<BITS, N, M, 4>(codes, x, starts, scales, acc, m),
-                5 => self.add_codes_of::<BITS, N, M, 5>(codes, x, starts, scales, acc, m),
-                _ => self.add_codes_of::<BITS, N, M, 6>(codes, x, starts, scales, acc, m),
+        // Products of pairs of codes that 16 bits hold: 127 (2^BITS - 1) 2 run < 2^15.
+        let run = 1 << (7 - BITS);
+        let mut sums = [[op!(_mm256_setzero_si256()); 2]; T];
+        for i in 0..T {
+            sums[i] = [op!(_mm256_set1_epi32(starts[first + i])); 2];
+        }
+        for t in (0..N).step_by(run) {
+            let mut pairs = [[op!(_mm256_setzero_si256()); 2]; T];
+            for u in t..N.min(t + run) {
+                let w = [eight_rows(&codes[u], 0), eight_rows(&codes[u], 1)];
+                for i in 0..T {
+                    let x = self.splat_bytes(x[u][first + i]);
+                    for half in 0..2 {
+                        pairs[i][half] = self.add_nibbles(pairs[i][half], w[half], x);
+                    }
+                }
             }
-            m += most;
+            for i in 0..T {
+                for half in 0..2 {
+                    let dots = self.pairs_of_nibbles(pairs[i][half]);
+                    sums[i][half] = op!(_mm256_add_epi32(sums[i][half], dots));
+                }
+            }
+        }
+        for i in 0..T {
+            for half in 0..2 {
+                let (acc, x) = (&mut acc[first + i][half], scales.1[first + i]);
+                *acc = self.scale_eight(sums[i][half], scales.0[half], x, *acc);
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! AVX-512 with VNNI: a vector is one register, a panel of 16 rows fills it.
 
-use super::{Isa, Kernel, LANES, StackLine};
+use super::{Isa, Kernel, LANES, StackLine, TILE_TOKENS};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI.
@@ -43,9 +43,6 @@ const SELECT: i32 = 0xca;
 const AND_OR: i32 = 0xea;
 
 impl Isa for Avx512 {
-    // 12 integer and 12 float accumulators leave 8 of 32 registers for weights and scales. 14 of each
-    // fit too, but a Zen 5 reads prompts in w4 3 % slower with them.
-    const TILE_TOKENS: usize = 12;
     const FLOAT_TILE: (usize, usize) = (4, 4);
     const REGISTERS: usize = 32;
     const DELTA_TOKENS: usize = 4;
@@ -249,6 +246,12 @@ impl Isa for Avx512 {
             let mask = _mm512_set1_epi8(MASK as i8);
             _mm512_ternarylogic_epi32::<AND_OR>(shifted, mask, low)
         })
+    }
+    // Their integer and float accumulators leave 8 of 32 registers for weights and scales. 14 of each fit
+    // too, but a Zen 5 reads prompts in w4 3 % slower with them, and a Zen 4 no faster.
+    #[inline(always)]
+    fn register_tokens(_: u32) -> usize {
+        TILE_TOKENS
     }
     #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {

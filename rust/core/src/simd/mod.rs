@@ -28,10 +28,11 @@ use crate::error::{Error, Result};
 /// Lanes of a vector, rows of a panel, columns of a block of recurrent state.
 pub const LANES: usize = 16;
 
+/// Tokens of a tile in a quantised matrix product.
+pub const TILE_TOKENS: usize = 12;
+
 /// One instruction set.
 pub trait Isa: Copy + Send + Sync + 'static {
-    /// Tokens of a tile in a quantised matrix product: as many as the registers hold.
-    const TILE_TOKENS: usize;
     /// Rows and tokens of a tile in a float matrix product.
     const FLOAT_TILE: (usize, usize);
     /// Vectors that the registers hold.
@@ -156,7 +157,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
         x: &[[[i8; 4]; M]; 8],
         starts: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::bytes::<Self, 8, 8, M>(self, codes, x, starts)
+        each_token::bytes::<Self, 8, 8, M, M>(self, codes, x, starts, 0)
     }
     /// As `dot_bytes_group` for codes whose halves lie apart, in the order of
     /// `dot_nibbles_group`: sum of (code - 128) x.
@@ -237,8 +238,39 @@ pub trait Isa: Copy + Send + Sync + 'static {
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
-        let dots = each_token::bytes::<Self, BITS, N, M>(self, codes, x, starts);
-        add_scaled(self, dots, scales, acc);
+        let most = Self::register_tokens(BITS);
+        if M <= most {
+            return self.add_codes_of::<BITS, N, M, M>(codes, x, starts, scales, acc, 0);
+        }
+        for first in (0..M).step_by(most) {
+            macro_rules! tokens {
+                ($($t:literal)*) => {
+                    match most.min(M - first) {
+                        $($t => {
+                            self.add_codes_of::<BITS, N, M, $t>(codes, x, starts, scales, acc, first);
+                        })*
+                        _ => unreachable!("where registers hold more than six tokens, they hold a tile"),
+                    }
+                };
+            }
+            tokens!(1 2 3 4 5 6);
+        }
+    }
+    /// Tokens whose dot products with codes of so many bits fit the registers: up to six, or a tile.
+    fn register_tokens(bits: u32) -> usize;
+    /// `add_codes` for the T tokens from `first`.
+    #[inline(always)]
+    fn add_codes_of<const BITS: u32, const N: usize, const M: usize, const T: usize>(
+        self,
+        codes: &[[u8; 4 * LANES]; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+        scales: (Self::F, &[f32; M]),
+        acc: &mut [Self::F; M],
+        first: usize,
+    ) {
+        let dots = each_token::bytes::<Self, BITS, N, M, T>(self, codes, x, starts, first);
+        add_scaled_of(self, dots, scales, acc, first);
     }
     /// What `dot_bytes` begins with for codes with a zero of 128.
     ///
@@ -250,16 +282,29 @@ pub trait Isa: Copy + Send + Sync + 'static {
     }
 }
 
-/// acc += dots times scales. scales: of the weights, and of each token.
+/// acc += dots times scales, for all M tokens. scales: of the weights, and of each token.
 #[inline(always)]
 pub fn add_scaled<S: Isa, const M: usize>(
     s: S,
     dots: [S::I; M],
-    (weights, x): (S::F, &[f32; M]),
+    scales: (S::F, &[f32; M]),
     acc: &mut [S::F; M],
 ) {
-    for m in 0..M {
-        acc[m] = s.fma(s.to_f32(dots[m]), s.mul(weights, s.splat(x[m])), acc[m]);
+    add_scaled_of(s, dots, scales, acc, 0);
+}
+
+/// The same for the T tokens from `first`.
+#[inline(always)]
+fn add_scaled_of<S: Isa, const M: usize, const T: usize>(
+    s: S,
+    dots: [S::I; T],
+    (weights, x): (S::F, &[f32; M]),
+    acc: &mut [S::F; M],
+    first: usize,
+) {
+    for t in 0..T {
+        let scale = s.mul(weights, s.splat(x[first + t]));
+        acc[first + t] = s.fma(s.to_f32(dots[t]), scale, acc[first + t]);
     }
 }
 
@@ -359,42 +404,43 @@ pub mod unpack {
 mod each_token {
     use super::{Isa, LANES, unpack};
 
-    /// Of N steps of codes of up to BITS bits, see [`Isa::add_codes`].
+    /// Of N steps of codes of up to BITS bits with the T tokens from `first`, see [`Isa::add_codes`].
     #[inline(always)]
-    fn dots<S: Isa, const BITS: u32, const N: usize, const M: usize>(
+    fn dots<S: Isa, const BITS: u32, const N: usize, const M: usize, const T: usize>(
         s: S,
         codes: impl Fn(usize) -> S::B,
         x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
-    ) -> [S::I; M] {
-        let mut out = [s.splat_i32(0); M];
+        first: usize,
+    ) -> [S::I; T] {
+        let mut out = [s.splat_i32(0); T];
         macro_rules! products {
             ($acc:ident, $dot:ident) => {
                 for t in 0..N {
                     let w = codes(t);
-                    for m in 0..M {
-                        $acc[m] = s.$dot($acc[m], w, s.splat_bytes(x[t][m]));
+                    for m in 0..T {
+                        $acc[m] = s.$dot($acc[m], w, s.splat_bytes(x[t][first + m]));
                     }
                 }
             };
         }
         if BITS == 4 {
-            let mut acc = [s.start_nibbles(0); M];
-            for m in 0..M {
-                acc[m] = s.start_nibbles(starts[m]);
+            let mut acc = [s.start_nibbles(0); T];
+            for m in 0..T {
+                acc[m] = s.start_nibbles(starts[first + m]);
             }
             products!(acc, dot_nibbles);
-            for m in 0..M {
-                out[m] = s.end_nibbles(acc[m], starts[m]);
+            for m in 0..T {
+                out[m] = s.end_nibbles(acc[m], starts[first + m]);
             }
         } else if BITS < 8 {
-            for m in 0..M {
-                out[m] = s.splat_i32(starts[m]);
+            for m in 0..T {
+                out[m] = s.splat_i32(starts[first + m]);
             }
             products!(out, dot_codes);
         } else {
-            for m in 0..M {
-                out[m] = s.start_bytes(starts[m]);
+            for m in 0..T {
+                out[m] = s.start_bytes(starts[first + m]);
             }
             products!(out, dot_bytes);
         }
@@ -403,13 +449,14 @@ mod each_token {
 
     /// Of codes that lie in bytes.
     #[inline(always)]
-    pub fn bytes<S: Isa, const BITS: u32, const N: usize, const M: usize>(
+    pub fn bytes<S: Isa, const BITS: u32, const N: usize, const M: usize, const T: usize>(
         s: S,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
-    ) -> [S::I; M] {
-        dots::<S, BITS, N, M>(s, |t| s.load_bytes(&codes[t]), x, starts)
+        first: usize,
+    ) -> [S::I; T] {
+        dots::<S, BITS, N, M, T>(s, |t| s.load_bytes(&codes[t]), x, starts, first)
     }
 
     #[inline(always)]
@@ -420,7 +467,7 @@ mod each_token {
         starts: &[i32; M],
     ) -> [S::I; M] {
         let codes = unpack::nibbles(s, codes);
-        dots::<S, 4, 8, M>(s, |t| codes[t], x, starts)
+        dots::<S, 4, 8, M, M>(s, |t| codes[t], x, starts, 0)
     }
 
     #[inline(always)]
@@ -432,7 +479,7 @@ mod each_token {
         starts: &[i32; M],
     ) -> [S::I; M] {
         let codes = unpack::planes(s, high, low);
-        dots::<S, 8, 8, M>(s, |t| codes[t], x, starts)
+        dots::<S, 8, 8, M, M>(s, |t| codes[t], x, starts, 0)
     }
 
     #[inline(always)]
@@ -444,7 +491,7 @@ mod each_token {
         starts: &[i32; M],
     ) -> [S::I; M] {
         let codes = unpack::five_bits(s, plane, codes);
-        dots::<S, 5, 8, M>(s, |t| codes[t], x, starts)
+        dots::<S, 5, 8, M, M>(s, |t| codes[t], x, starts, 0)
     }
 
     #[inline(always)]
@@ -456,7 +503,7 @@ mod each_token {
         starts: &[i32; M],
     ) -> [S::I; M] {
         let codes = unpack::tabled(s, table, codes);
-        dots::<S, 6, 8, M>(s, |t| codes[t], x, starts)
+        dots::<S, 6, 8, M, M>(s, |t| codes[t], x, starts, 0)
     }
 
     #[inline(always)]
@@ -468,7 +515,7 @@ mod each_token {
         starts: &[i32; M],
     ) -> [S::I; M] {
         let codes = unpack::six_bits(s, plane, codes);
-        dots::<S, 6, 4, M>(s, |t| codes[t], x, starts)
+        dots::<S, 6, 4, M, M>(s, |t| codes[t], x, starts, 0)
     }
 }
 
@@ -585,19 +632,6 @@ impl Cpu {
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         dispatch!(self, s => s.run(kernel))
-    }
-
-    /// Tokens of a tile in a quantised matrix product.
-    pub fn tile_tokens(self) -> usize {
-        struct Ask;
-        impl Kernel for Ask {
-            type Output = usize;
-            #[inline(always)]
-            fn run<S: Isa>(self, _: S) -> usize {
-                S::TILE_TOKENS
-            }
-        }
-        self.run(Ask)
     }
 }
 

@@ -15,7 +15,7 @@
 //! A token left over takes `sdot`. `sdot`, `smmla` and `prfm` are written as assembly: there is no
 //! stable intrinsic.
 
-use super::{Isa, Kernel, LANES, add_scaled, each_token};
+use super::{Isa, Kernel, LANES, add_scaled_of, each_token};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -214,9 +214,6 @@ macro_rules! prefetch {
 }
 
 impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
-    // Three integer and three float accumulators of four registers leave 8 of 32. Two pairs of
-    // tokens fill them: the float sums wait in the cache while a group is multiplied.
-    const TILE_TOKENS: usize = if I8MM { 4 } else { 3 };
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
@@ -577,7 +574,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         starts: &[i32; M],
     ) -> [Self::I; M] {
         if !I8MM || M == 1 {
-            return each_token::bytes::<Self, 8, 8, M>(self, codes, x, starts);
+            return each_token::bytes::<Self, 8, 8, M, M>(self, codes, x, starts, 0);
         }
         let mut acc = [self.splat_i32(0); M];
         for t in (0..8).step_by(2) {
@@ -588,32 +585,41 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         }
         self.part_pairs(acc, &[0; M])
     }
+    // Running products are four registers of 32 a token: two pairs of tokens leave 16. The float accumulators
+    // of a tile are in the cache.
     #[inline(always)]
-    fn add_codes<const BITS: u32, const N: usize, const M: usize>(
+    fn register_tokens(_: u32) -> usize {
+        4
+    }
+    #[inline(always)]
+    fn add_codes_of<const BITS: u32, const N: usize, const M: usize, const T: usize>(
         self,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
+        first: usize,
     ) {
-        let dots = if I8MM && M > 1 {
-            let mut acc = [self.splat_i32(0); M];
+        let dots = if I8MM && T > 1 {
+            let mut acc = [self.splat_i32(0); T];
             let signed = |w: Self::B| match BITS {
                 8 => self.signed(w),
                 _ => each!(vreinterpretq_s8_u8(w)),
             };
+            let tokens = |t: usize| x[t][first..].first_chunk::<T>().expect("T tokens");
             for t in (0..N).step_by(2) {
-                let first = signed(self.load_bytes(&codes[t]));
-                let second = signed(self.load_bytes(&codes[t + 1]));
+                let (first, second) = (self.load_bytes(&codes[t]), self.load_bytes(&codes[t + 1]));
+                let x = [tokens(t), tokens(t + 1)];
                 // SAFETY: `self` proves the instructions.
-                unsafe { products_of_pairs(&mut acc, first, second, [&x[t], &x[t + 1]]) };
+                unsafe { products_of_pairs(&mut acc, signed(first), signed(second), x) };
             }
-            self.part_pairs(acc, if BITS == 8 { &[0; M] } else { starts })
+            let starts = starts[first..].first_chunk::<T>().expect("T tokens");
+            self.part_pairs(acc, if BITS == 8 { &[0; T] } else { starts })
         } else {
-            each_token::bytes::<Self, BITS, N, M>(self, codes, x, starts)
+            each_token::bytes::<Self, BITS, N, M, T>(self, codes, x, starts, first)
         };
-        add_scaled(self, dots, scales, acc);
+        add_scaled_of(self, dots, scales, acc, first);
     }
 }
 

@@ -24,7 +24,6 @@ fn dot4(codes: &[u8; 4 * LANES], lane: usize, x: [i8; 4], offset: i32) -> i32 {
 }
 
 impl Isa for Portable {
-    const TILE_TOKENS: usize = 4;
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
@@ -197,6 +196,10 @@ impl Isa for Portable {
     ) -> Self::B {
         let shift = |x: u8| if SHIFT < 0 { x >> -SHIFT } else { x << SHIFT };
         std::array::from_fn(|i| low[i] | shift(plane[i]) & MASK)
+    }
+    #[inline(always)]
+    fn register_tokens(_: u32) -> usize {
+        4
     }
     #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
