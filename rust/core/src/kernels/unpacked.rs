@@ -3,8 +3,8 @@
 //! For a few tokens a product is as fast as its weights come from memory, and takes their codes apart on the
 //! way. Many tokens read the same weights again for each tile, and would take them apart each time: so a few
 //! panels at once are unpacked to a byte a code and an f32 a factor, and stay in a cache while all tiles
-//! pass. On a Zen 4 the product then reaches what its operations allow, eight dot products, one
-//! multiplication and one addition a group, in all formats, where it was up to a quarter away.
+//! pass. With AVX2 a core of a Zen 4 then multiplies prompts of 0.8B balanced in 0.72 of the time, w4 in 0.89;
+//! with AVX-512 it takes as long as before.
 //!
 //! The operations on sums, and so the bits, are those of [`super::matmul::packed`].
 
