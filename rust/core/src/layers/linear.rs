@@ -106,9 +106,7 @@ impl Matrix {
             }
         }
     }
-}
 
-impl Matrix {
     /// Cuts rows into what products with so many tokens take at once.
     fn spans(&self, rows: Range<usize>, tokens: usize) -> impl Iterator<Item = Range<usize>> {
         let step = match self.is_unpacked_for(tokens) {
@@ -151,7 +149,7 @@ impl Matrix {
                 unpacked.set(ctx.cpu, format, bytes, self.cols, ask);
             }
             Weights::Planes(planes) => unpacked.set_planes(ctx.cpu, planes, self.cols, ask),
-            weights => return weights,
+            _ => unreachable!("what is unpacked is in panels"),
         }
         Weights::Unpacked(unpacked)
     }
@@ -354,7 +352,9 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
     let init = |thread| ([Vec::new(), Vec::new()], ctx.unpacking_of(thread), Vec::new());
     ctx.run_tiles(y, gate.rows, (tokens, cols), init, |(bytes, work, gates), mut y| {
         let [gate_bytes, up_bytes] = bytes;
-        for rows in gate.spans(y.cols(), tokens) {
+        // Both have as many columns, so either's spans do, if it is unpacked at all.
+        let spanned = if gate.is_unpacked_for(tokens) { gate } else { up };
+        for rows in spanned.spans(y.cols(), tokens) {
             let width = rows.len();
             let part = rows.start - y.cols().start..rows.end - y.cols().start;
             gates.resize(TILE_TOKENS * width, 0.0);
@@ -384,7 +384,9 @@ pub fn project_swiglu(ctx: Context<'_>, gate: &Matrix, up: &Matrix, x: &Input, y
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{Made, Panels, random_blocks};
+    use crate::kernels::testing::{Made, Panels, random, random_blocks};
+    use crate::layers::per_thread;
+    use crate::pool::Pool;
     use crate::quant::BlockType;
     use crate::simd::Cpu;
 
@@ -421,6 +423,53 @@ mod tests {
                 in_place.row(row, &mut first);
                 in_panels.row(row, &mut second);
                 assert_eq!(first, second, "{block:?} row {row}");
+            }
+        }
+    }
+
+    fn made(format: Format, rows: usize, cols: usize, seed: u64) -> Matrix {
+        let Panels { bytes, .. } = Made::Encoded(format).matrix(Cpu::best(), rows, cols, seed);
+        Matrix { format, rows, cols, bytes: bytes.into(), scales: None }
+    }
+
+    #[test]
+    fn many_tokens_have_the_bits_of_single_ones() {
+        // Wide enough that a few panels at once are unpacked, of matrices side by side, one of them not a
+        // whole number of panels, and of one format that is not unpacked next to one that is.
+        let (cols, tokens) = (4096, 26);
+        assert!(unpacked::panels_at_once(cols) < 10);
+        let [first, second] = [(Format::W4R, 200), (Format::W8Planes, 168)]
+            .map(|(format, rows)| made(format, rows, cols, rows as u64));
+        let up = made(Format::W5K, 200, cols, 3);
+        let floats = random(200 * cols, 4).iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>();
+        let gate =
+            Matrix { format: Format::F32, rows: 200, cols, bytes: floats.into(), scales: None };
+        let x = random(tokens * cols, 5);
+        for threads in [1, 3] {
+            let pool = Pool::new(threads);
+            let team = pool.team();
+            let unpacking = per_thread(threads);
+            let ctx = Context { unpacking: &unpacking, ..Context::new(Cpu::best(), &team) };
+            let products = |x: &[f32]| {
+                let mut input = Input::default();
+                input.reshape(x.len() / cols, cols);
+                input.rows.copy_from_slice(x);
+                input.prepare(ctx, &[&first, &second]);
+                let width = first.width() + second.width();
+                let mut y = [width, 200, 200, 200].map(|width| vec![0.25; input.tokens() * width]);
+                project(ctx, &[&first, &second], &input, false, &mut y[0]);
+                project(ctx, &[&first], &input, true, &mut y[1]);
+                project_swiglu(ctx, &first, &up, &input, &mut y[2]);
+                project_swiglu(ctx, &gate, &up, &input, &mut y[3]);
+                y
+            };
+            let together = products(&x);
+            for (t, x) in x.chunks_exact(cols).enumerate() {
+                for (i, (alone, together)) in products(x).iter().zip(&together).enumerate() {
+                    let width = alone.len();
+                    let row = &together[t * width..][..width];
+                    assert!(alone == row, "{threads} threads, product {i}, token {t}");
+                }
             }
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! Without VNNI a dot product of bytes is `vpmaddubsw`, which adds two products in 16 bits and
 //! saturates. Codes up to 15 leave room for a whole group: 16 * 2 * 15 * 127 / 2 = 30 480 after
-//! eight steps. Larger codes are widened at once, as |w| and x with the sign of w.
+//! eight steps; up to 31 for four steps, up to 63 for two. Codes of a byte are widened at once, as |w| and x
+//! with the sign of w.
 
 use super::{Isa, Kernel, LANES, StackLine, add_scaled, add_scaled_of, each_token};
 use std::arch::x86_64::*;
