@@ -434,10 +434,10 @@ mod tests {
 
     #[test]
     fn many_tokens_have_the_bits_of_single_ones() {
-        // Wide enough that a few panels at once are unpacked, of matrices side by side, one of them not a
+        // Wide enough that a chunk of work is unpacked in several spans, of matrices side by side, one of them not a
         // whole number of panels, and of one format that is not unpacked next to one that is.
-        let (cols, tokens) = (4096, 26);
-        assert!(unpacked::panels_at_once(cols) < 10);
+        let (cols, tokens) = (8192, 26);
+        assert!(unpacked::panels_at_once(cols) < ABREAST);
         let [first, second] = [(Format::W4R, 200), (Format::W8Planes, 168)]
             .map(|(format, rows)| made(format, rows, cols, rows as u64));
         let up = made(Format::W5K, 200, cols, 3);
