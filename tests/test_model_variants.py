@@ -190,7 +190,7 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
     hold 4 bytes of every row: 8-bit codes around 128, or pairs of 4-bit codes around 8, of which
     the low ones are columns 8 step + i and the high ones 8 step + 4 + i. In two planes, blocks of
     the upper four bits of codes come first, then those of the lower bits, without scales: four of
-    8-bit codes around 128, or two of 6-bit codes around 32, in steps of 16 columns.
+    8-bit codes around 128, or two of 5-bit codes around 16, the last bits of a group in 64 bytes.
     """
     if kind == "q8_0":  # rows of blocks: a scale and 32 codes
         blocks = np.frombuffer(stored.data, np.uint8).reshape(rows, -1, 34)
@@ -202,7 +202,7 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
         return decode_row_scaled(data.reshape(panels, -1), kind)[:rows, :cols]
     low = None
     if kind.endswith("_planes"):
-        high = len(data) // (1088 if kind == "w8_planes" else 832) * 576
+        high = len(data) // (1088 if kind == "w8_planes" else 704) * 576
         data, low = data[:high], data[high:]
     blocks = data.reshape(panels, -1, 1088 if kind == "w8" else 576)
     scales = blocks[..., :64].copy().view("<f2").reshape(panels, -1, 2, 16).astype(np.float64)
@@ -217,11 +217,11 @@ def decode_packed(stored: Stored, kind: str, rows: int, cols: int) -> np.ndarray
         codes = steps(blocks[..., 64:]) - 128
     elif low is None:
         codes = nibbles(blocks[..., 64:]) - 8
-    elif kind == "w6_planes":
-        pairs = [steps(low) >> shift & 3 for shift in (0, 2, 4, 6)]  # of four columns each
-        early, late = (np.concatenate(pairs[i : i + 2], axis=-1) for i in (0, 2))
-        pairs = np.stack([early, late], axis=3).reshape(panels, blocks.shape[1], -1, 16, 8)
-        codes = 4 * nibbles(blocks[..., 64:]) + pairs - 32
+    elif kind == "w5_planes":
+        bits = [steps(low) >> shift & 1 for shift in range(8)]  # of four columns each
+        bits = np.stack([np.concatenate(bits[i : i + 2], axis=-1) for i in (0, 2, 4, 6)], axis=3)
+        bits = bits.reshape(panels, blocks.shape[1], -1, 16, 8)
+        codes = 2 * nibbles(blocks[..., 64:]) + bits - 16
     else:
         codes = 16 * nibbles(blocks[..., 64:]) + nibbles(low) - 128
     codes = codes.transpose(0, 3, 1, 2, 4).reshape(panels, 16, -1, 2, 32)  # row, block, group
@@ -282,7 +282,7 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
     exact, packed, decoded = Reference.load(folder), Container.read(out).tensors, {}
     for name, w in exact.weights.items():
         stem = name.removesuffix(".weight")
-        kinds = ("w4", "w4_r", "w5_r", "w6_planes", "w8", "w8_planes", "q8_0")
+        kinds = ("w4", "w4_r", "w5_r", "w5_planes", "w8", "w8_planes", "q8_0")
         kind = next((k for k in kinds if f"{stem}.{k}" in packed), None)
         if kind is None:
             stored = packed[name]
@@ -297,7 +297,7 @@ def test_quantised_shapes(tmp_path, monkeypatch, shape, quant):
             "w4": (1 / 6, 0.12),
             "w4_r": (1 / 6, 0.12),
             "w5_r": (1 / 13, 0.06),
-            "w6_planes": (1 / 28, 0.03),
+            "w5_planes": (1 / 13, 0.06),
         }.get(kind, (1 / 127, 0.01))
         assert np.all(error <= largest * most), name
         if most == 1 / 127:  # the search is not worse than rounding to steps of largest / 127

@@ -84,7 +84,7 @@ def convert(
 
     out: None: make it in memory, and return it opened. attachments: (name, path or content) of
     files to carry along. formats: of matrices by name, before those of the recipe: "keep", "w4_r",
-    "w4_nl_r", "w5_r", "w4_k", "w5_k", "w6_k", "w4", "w4_nl", "w6_planes", "w8",
+    "w4_nl_r", "w5_r", "w4_k", "w5_k", "w6_k", "w4", "w4_nl", "w5_planes", "w8",
     "w8_planes". importance: how much each column of a matrix matters, by its name; float32
     [columns], not negative. threads: 1 to 1024; None: as for `Model`.
     progress is called with (bytes done, bytes in all). The file appears under its name only when

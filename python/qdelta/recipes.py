@@ -10,7 +10,7 @@ A line is a pattern and a format; the first pattern that matches a matrix counts
     *.linear_attn.in_proj_[ab]   keep
 
 Names are those of checkpoints without `model.language_model.` and `.weight`. Formats:
-w4_r, w4_nl_r, w5_r, w4_k, w5_k, w6_k, w4, w4_nl, w6_planes, w8, w8_planes, and keep for the
+w4_r, w4_nl_r, w5_r, w4_k, w5_k, w6_k, w4, w4_nl, w5_planes, w8, w8_planes, and keep for the
 checkpoint's own numbers. The ones that end in r take rows of a multiple of 128 columns, the ones
 that end in k of 256; of several formats the first that fits is taken.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NAMES = ("balanced", "small", "fine", "best")
 FORMATS = (
     *("keep", "w4_r", "w4_nl_r", "w5_r", "w4_k", "w5_k", "w6_k"),
-    *("w4", "w4_nl", "w6_planes", "w8", "w8_planes"),
+    *("w4", "w4_nl", "w5_planes", "w8", "w8_planes"),
 )
 _BLOCKS = {"r": 128, "k": 256}  # columns, by the end of a format's name
 

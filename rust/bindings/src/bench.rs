@@ -13,7 +13,7 @@ pub mod kernels {
 
     /// Seconds for `repeats` products of a random [rows, cols] matrix with `tokens` rows.
     ///
-    /// format: bf16, f16, f32, or one of panels, as w8, w6_planes or w4_k.
+    /// format: bf16, f16, f32, or one of panels, as w8, w5_planes or w4_k.
     #[pyfunction]
     #[pyo3(signature = (isa, format, rows, cols, tokens, repeats, ask = "l1", abreast = true))]
     #[allow(clippy::too_many_arguments)]

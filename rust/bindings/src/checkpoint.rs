@@ -267,7 +267,7 @@ fn chosen(formats: HashMap<String, String>) -> qdelta_core::Result<HashMap<Strin
         Some(storage) => Ok((name, storage)),
         None => Err(Error::Argument(format!(
             "format of `{name}` is `{format}`, expected keep, w4_r, w4_nl_r, w5_r, w4_k, w5_k, \
-             w6_k, w4, w4_nl, w6_planes, w8 or w8_planes"
+             w6_k, w4, w4_nl, w5_planes, w8 or w8_planes"
         ))),
     };
     formats.into_iter().map(storage).collect()

@@ -63,9 +63,9 @@ impl Random {
             Format::W8 => {
                 self.fill_blocks(w8::BLOCK_BYTES, (w4::SCALE_BYTES, scale / 128.0), bytes)
             }
-            Format::W8Planes | Format::W6Planes if plane == 1 => self.fill_codes(bytes),
-            Format::W8Planes | Format::W6Planes => {
-                let scale = scale / if format == Format::W8Planes { 128.0 } else { 32.0 };
+            Format::W8Planes | Format::W5Planes if plane == 1 => self.fill_codes(bytes),
+            Format::W8Planes | Format::W5Planes => {
+                let scale = scale / if format == Format::W8Planes { 128.0 } else { 16.0 };
                 self.fill_blocks(two_planes::HIGH_BYTES, (w4::SCALE_BYTES, scale), bytes);
             }
             // Factors of scales and offsets are random bytes, 128 in the mean.

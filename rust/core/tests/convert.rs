@@ -78,14 +78,14 @@ fn the_file_holds_the_checkpoint() {
         assert_eq!(read.quant, quant);
         assert_eq!(read.config_json, source.config_json);
         assert_eq!(read.sources(), source.sources());
-        assert_eq!(read.metadata()["qdelta.version"], "4");
+        assert_eq!(read.metadata()["qdelta.version"], "5");
         assert_eq!(&read.attachment("tokenizer.json").expect("attached")[..], b"some text");
         assert_eq!(&read.attachment("empty").expect("attached")[..], b"");
         assert_eq!(&read.attachment("made").expect("attached")[..], b"a text");
         assert!(read.attachment("none").is_none());
         assert_eq!(read.specs(), source.specs());
         assert!(read.has_mtp() && read.has_vision());
-        let head = if quant == Quant::W4 { "lm_head.w6_planes" } else { "lm_head.w8_planes" };
+        let head = if quant == Quant::W4 { "lm_head.w5_planes" } else { "lm_head.w8_planes" };
         assert_eq!(read.tensor(head).is_some(), untied);
         assert_eq!(read.listing().len(), source.specs().len());
 

@@ -24,7 +24,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 /// Version of the layout. It counts every change of what the bytes mean, block formats included.
-pub const VERSION: &str = "4";
+pub const VERSION: &str = "5";
 /// Tensors start at multiples of this.
 pub const ALIGNMENT: usize = 64;
 const DATA_ALIGNMENT: usize = 4096;

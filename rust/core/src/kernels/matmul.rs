@@ -317,22 +317,22 @@ mod tests {
         }
     }
 
-    /// A matrix of W6Planes as W8: four times the codes, a quarter of the scales.
-    fn six_bits_as_w8(planes: &[u8], cols: usize) -> Vec<u8> {
-        let planes = Planes::new(Format::W6Planes, planes);
+    /// A matrix of W5Planes as W8: eight times the codes, an eighth of the scales.
+    fn five_bits_as_w8(planes: &[u8], cols: usize) -> Vec<u8> {
+        let planes = Planes::new(Format::W5Planes, planes);
         let mut out = Vec::new();
         for (b, high) in planes.high.iter().enumerate() {
             let (scales, _) = high[..SCALE_BYTES].as_chunks();
             let scales: Vec<_> = scales.iter().map(|s| f16::from_le_bytes(*s).to_f32()).collect();
-            out.extend(scales.iter().flat_map(|scale| f16::from_f32(scale / 4.0).to_le_bytes()));
+            out.extend(scales.iter().flat_map(|scale| f16::from_f32(scale / 8.0).to_le_bytes()));
             let (panel, block) = (b / cols.div_ceil(BLOCK), b % cols.div_ceil(BLOCK));
             let panel = planes.panels(panel..panel + 1, cols);
             for i in 0..BLOCK * PANEL_ROWS {
                 let (row, col) = (i / 4 % PANEL_ROWS, i / 4 / PANEL_ROWS * 4 + i % 4);
                 let scale = scales[col / GROUP * PANEL_ROWS + row];
                 let number = if scale == 0.0 { 0.0 } else { panel.decode(block, row, col) / scale };
-                assert!(number.fract() == 0.0 && (-32.0..32.0).contains(&number), "{number}");
-                out.push((128 + 4 * number as i32) as u8);
+                assert!(number.fract() == 0.0 && (-16.0..16.0).contains(&number), "{number}");
+                out.push((128 + 8 * number as i32) as u8);
             }
         }
         out
@@ -342,14 +342,14 @@ mod tests {
     fn two_planes_have_the_bits_of_w8() {
         for (cpu, format) in Cpu::all()
             .into_iter()
-            .flat_map(|cpu| [Format::W8Planes, Format::W6Planes].map(|format| (cpu, format)))
+            .flat_map(|cpu| [Format::W8Planes, Format::W5Planes].map(|format| (cpu, format)))
         {
             for (rows, cols) in [(1, 1), (16, 64), (33, 200), (80, 1024)] {
                 let w = random(rows * cols, 12);
                 let planes = pack(cpu, format, &w, cols);
                 let whole = match format {
                     Format::W8Planes => pack(cpu, Format::W8, &w, cols),
-                    _ => six_bits_as_w8(&planes, cols),
+                    _ => five_bits_as_w8(&planes, cols),
                 };
                 for tokens in 1..=TILE_TOKENS {
                     // All signs of the largest code, and values in between.

@@ -2,7 +2,7 @@
 //!
 //! [`product`] reads both planes: the operations, and so the bits, are those of a format in one plane
 //! with the same codes in [`super::matmul`]. [`screen`] reads the high plane only. A code is
-//! step high + low with `step` 16 or 4, less the zero 8 step. With the missing bits at the middle
+//! step high + low with `step` 16 or 2, less the zero 8 step. With the missing bits at the middle
 //! of their range, (step - 1) / 2, the estimate of an output is
 //!
 //!     sum over groups of scale_w scale_x sum(x (step high + middle - 8 step))
@@ -182,7 +182,7 @@ mod tests {
 
     /// Formats, bytes of low bits of both codes in the middle, and the variance of low bits.
     const FORMATS: [(Format, [u8; 2], f64); 2] =
-        [(Format::W8Planes, [0x77, 0x88], 21.25), (Format::W6Planes, [0x55, 0xaa], 1.25)];
+        [(Format::W8Planes, [0x77, 0x88], 21.25), (Format::W5Planes, [0x00, 0xff], 0.25)];
 
     /// The planes of 16 random rows.
     fn panel(cpu: Cpu, format: Format, w: &[f32], cols: usize) -> Vec<u8> {

@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn screening_finds_the_best_of_all() {
         let shapes = [(4000, 256), (4001, 100), (6000, 1024)];
-        let matrices: Vec<_> = [Format::W8Planes, Format::W6Planes]
+        let matrices: Vec<_> = [Format::W8Planes, Format::W5Planes]
             .into_iter()
             .flat_map(|format| shapes.map(|(rows, cols)| matrix(format, rows, cols)))
             .collect();
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn changed_rows_count_with_their_values() {
-        let w = matrix(Format::W6Planes, 4000, 256);
+        let w = matrix(Format::W5Planes, 4000, 256);
         let pool = Pool::new(2);
         let team = pool.team();
         let ctx = Context::new(Cpu::best(), &team);
@@ -327,7 +327,7 @@ mod tests {
             let pool = Pool::new(2);
             let team = pool.team();
             let ctx = Context::new(cpu, &team);
-            for format in [Format::W8Planes, Format::W6Planes] {
+            for format in [Format::W8Planes, Format::W5Planes] {
                 let w = matrix(format, 1003, 200);
                 let x = input(ctx, &w, 42);
                 let mut all = vec![0.0; w.rows];

@@ -151,7 +151,7 @@ impl<'a> Needs<'a> {
         if options.head == Head::Screened && stored.quantised && !stored.in_planes {
             return Err(Error::Argument(format!(
                 "head is `screened`, which reads one of two planes; quant `{}` has none, w4 and w8 \
-                 have, and a recipe with w6_planes or w8_planes for the head",
+                 have, and a recipe with w5_planes or w8_planes for the head",
                 stored.quant
             )));
         }

@@ -109,7 +109,7 @@ const FEW_ROWS: Format = Format::Blocks(BlockType::Q8_0);
 /// write strength are a thousandth of the weights. In W4 and W8 embedding and head are in two
 /// planes, so that rows can be screened with one of them.
 fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
-    use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5R, W6K, W6Planes, W8, W8Planes};
+    use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5Planes, W5R, W6K, W8, W8Planes};
     let attention = matches!(role, Role::Query | Role::AttentionOutput);
     let mlp = matches!(role, Role::MlpGate | Role::MlpUp | Role::MlpDown);
     let narrow = attention || mlp || role == Role::LinearInput;
@@ -136,9 +136,9 @@ fn recipe(quant: Quant, role: Role, (rows, cols): (usize, usize)) -> Storage {
         (Quant::Best, _) if narrow => &[W6K, W8],
         (Quant::Best, _) if vocabulary => &[W6K, W8Planes],
         (Quant::W4, _) if narrow => &[W4R, W4],
-        (Quant::W4, Role::KeyValue) => &[W5R, W6Planes],
-        (Quant::W4, Role::LinearOutput | Role::MtpInput) => &[W6K, W6Planes],
-        (Quant::W4, _) => &[W6Planes],
+        (Quant::W4, Role::KeyValue) => &[W5R, W8],
+        (Quant::W4, Role::LinearOutput | Role::MtpInput) => &[W6K, W8],
+        (Quant::W4, _) => &[W5Planes],
         _ if vocabulary => &[W8Planes],
         _ => &[W8],
     };
@@ -176,10 +176,10 @@ mod tests {
             (spec("up_proj", [3584, 1024], Role::MlpUp), "up_proj.w4_r", [224, 64 + 8 * 1088]),
             (spec("up_proj", [3584, 192], Role::MlpUp), "up_proj.w4", [224, 3 * 576]),
             (spec("k_proj", [64, 256], Role::KeyValue), "k_proj.w5_r", [4, 64 + 2 * 1344]),
-            (spec("out_proj", [100, 70], Role::LinearOutput), "out_proj.w6_planes", [7, 2 * 832]),
+            (spec("out_proj", [100, 70], Role::LinearOutput), "out_proj.w8", [7, 2 * 1088]),
             (spec("in_proj_a", [16, 1024], Role::LinearGate), "in_proj_a.w8", [1, 16 * 1088]),
             (spec("in_proj_a", [8, 1024], Role::LinearGate), "in_proj_a.q8_0", [8, 32 * 34]),
-            (spec("embed", [32, 64], Role::Embedding), "embed.w6_planes", [2, 832]),
+            (spec("embed", [32, 64], Role::Embedding), "embed.w5_planes", [2, 704]),
         ] {
             let found = stored(Quant::W4, &spec, Dtype::Bf16);
             assert_eq!(found, (name.to_owned(), shape.to_vec()));

@@ -114,7 +114,7 @@ pub enum Format {
     Fp8,
     W8,
     W8Planes,
-    W6Planes,
+    W5Planes,
     W4,
     W4Nl,
     W4Mx,
@@ -136,7 +136,7 @@ impl Format {
     pub const PACKED: [Format; 16] = [
         Format::W8,
         Format::W8Planes,
-        Format::W6Planes,
+        Format::W5Planes,
         Format::W4,
         Format::W4Nl,
         Format::W4Mx,
@@ -159,7 +159,7 @@ impl Format {
 
     /// Whether the panels are in two planes, so that rows can be screened with one of them.
     pub fn is_in_planes(self) -> bool {
-        matches!(self, Format::W8Planes | Format::W6Planes)
+        matches!(self, Format::W8Planes | Format::W5Planes)
     }
 
     /// Whether the matrix is multiplied with activations of eight bits.
@@ -175,7 +175,7 @@ impl Format {
             Format::Fp8 => "fp8",
             Format::W8 => "w8",
             Format::W8Planes => "w8_planes",
-            Format::W6Planes => "w6_planes",
+            Format::W5Planes => "w5_planes",
             Format::W4 => "w4",
             Format::W4Nl => "w4_nl",
             Format::W4Mx => "w4_mx",
@@ -412,24 +412,6 @@ pub(crate) fn add_offsets<S: Isa, const M: usize>(
     }
 }
 
-/// dots + the integer dot products of 16 columns, one half of a group, with codes up to 63.
-#[inline(always)]
-fn add_half<S: Isa, const M: usize>(
-    s: S,
-    mut dots: [S::I; M],
-    half: usize,
-    codes: [S::B; GROUP_STEPS / 2],
-    x: Group<'_, M>,
-) -> [S::I; M] {
-    for t in 0..GROUP_STEPS / 2 {
-        for m in 0..M {
-            let x = s.splat_bytes(x.codes[half * GROUP_STEPS / 2 + t][m]);
-            dots[m] = s.dot_codes(dots[m], codes[t], x);
-        }
-    }
-    dots
-}
-
 /// Runs `$body` with `$p` naming the type of a format whose panels lie in one plane.
 macro_rules! with_packed {
     ($format:expr, $p:ident => $body:expr) => {
@@ -452,7 +434,7 @@ pub(crate) use with_packed;
 /// Runs `$body` with `$p` naming the type of a format in two planes.
 macro_rules! with_planes {
     ($format:expr, $p:ident => $body:expr) => {
-        with_planes!(@ $format, $p => $body; W8Planes, W6Planes)
+        with_planes!(@ $format, $p => $body; W8Planes, W5Planes)
     };
     (@ $format:expr, $p:ident => $body:expr; $($name:ident),*) => {
         match $format {
@@ -527,7 +509,7 @@ pub fn encode_panel_on(
         Format::W4R => cpu.run(EncodeRows::<W4R> { rows, out, format: PhantomData }),
         Format::W4NlR => cpu.run(EncodeRows::<W4NlR> { rows, out, format: PhantomData }),
         Format::W5R => cpu.run(EncodeRows::<W5R> { rows, out, format: PhantomData }),
-        Format::W6Planes => cpu.run(two_planes::EncodeSixBits { rows, out }),
+        Format::W5Planes => cpu.run(two_planes::EncodeFiveBits { rows, out }),
         _ => panic!("{} is not encoded from floats", format.name()),
     }
 }
@@ -641,8 +623,8 @@ mod tests {
         let (rows, cols) = (16, 1024);
         let w = weights(rows * cols, 30);
         for cpu in Cpu::all() {
-            use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5R, W6K, W6Planes, W8};
-            let formats = [W4, W4Nl, W4K, W5K, W6Planes, W6K, W8];
+            use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5Planes, W5R, W6K, W8};
+            let formats = [W4, W4Nl, W4K, W5Planes, W5K, W6K, W8];
             let errors = formats.map(|format| error(cpu, format, &w, cols, None));
             // A unit for a whole row costs nothing.
             for (by_row, group) in [(W4R, W4), (W4NlR, W4Nl)] {
@@ -653,7 +635,7 @@ mod tests {
             assert!(error(cpu, W5R, &w, cols, None) < 0.55 * error(cpu, W4R, &w, cols, None));
             // A step of s leaves s / sqrt(12). Extremes of 32 such weights are 2.3 deviations away.
             for (format, (error, steps)) in
-                formats.iter().zip(errors.into_iter().zip([7.5, 7.5, 7.5, 15.5, 31.5, 31.5, 127.0]))
+                formats.iter().zip(errors.into_iter().zip([7.5, 7.5, 7.5, 15.5, 15.5, 31.5, 127.0]))
             {
                 let expected = 2.3 / steps / 12f64.sqrt();
                 assert!(error < 1.1 * expected, "{cpu:?} {format:?} {error} {expected}");
@@ -668,8 +650,8 @@ mod tests {
         let (rows, cols) = (16, 512);
         let w = weights(rows * cols, 33);
         let importance: Vec<f32> = random(cols, 36).iter().map(|x| (4.0 * x).exp()).collect();
-        use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5R, W6K, W6Planes};
-        for format in [W4, W4R, W4Nl, W4NlR, W4K, W5R, W5K, W6Planes, W6K] {
+        use Format::{W4, W4K, W4Nl, W4NlR, W4R, W5K, W5Planes, W5R, W6K};
+        for format in [W4, W4R, W4Nl, W4NlR, W4K, W5R, W5K, W5Planes, W6K] {
             let weighted = |encoded: Option<&[f32]>| {
                 let mut panel = vec![0; panel_bytes(format, cols)];
                 encode_panel(format, &w, cols, encoded, &mut panel);

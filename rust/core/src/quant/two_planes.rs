@@ -12,21 +12,19 @@
 //!
 //!     512 bytes, as the codes of a block of W4
 //!
-//! [`W6Planes`], 6.5 bits a weight: codes of six bits, weight = scale (4 high + low - 32). The scale may
-//! be negative: the extreme value of a group takes code 0. A low block is 256 bytes:
+//! [`W5Planes`], 5.5 bits a weight: codes of five bits, weight = scale (2 high + low - 16). The scale may
+//! be negative: the extreme value of a group takes code 0. A low block is 128 bytes:
 //!
-//!     4 x 64 B   codes of 16 columns each, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are
-//!                column 4t + i
+//!     2 x 64 B   codes of a group, row r at bytes 4r..4r+4: bit t of byte i is column 4t + i
 
-use super::ggml::HALF;
 use super::search::Integers;
 use super::w4::{self, SCALE_BYTES, nibble, put_nibbles};
 use super::w8::W8;
 use super::{
-    BLOCK, Format, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, add_half, add_scaled,
+    BLOCK, Format, GROUP, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, add_scaled,
     with_planes,
 };
-use crate::simd::{Isa, Kernel, LANES, unpack};
+use crate::simd::{Isa, Kernel, LANES, each_token, unpack};
 use std::ops::Range;
 
 /// Bytes of a block of the high plane.
@@ -60,7 +58,7 @@ pub trait InPlanes {
 }
 
 pub struct W8Planes;
-pub struct W6Planes;
+pub struct W5Planes;
 
 impl InPlanes for W8Planes {
     const LOW_BITS: usize = 4;
@@ -92,64 +90,33 @@ impl InPlanes for W8Planes {
     }
 }
 
-impl InPlanes for W6Planes {
-    const LOW_BITS: usize = 2;
+impl InPlanes for W5Planes {
+    const LOW_BITS: usize = 1;
 
     #[inline(always)]
     fn add<S: Isa, const M: usize>(
         s: S,
-        (high, low): (&High, &[u8]),
+        block: (&High, &[u8]),
         g: usize,
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let scales = w4::scales(s, high, g);
-        let mut dots = [s.splat_i32(0); M];
-        for m in 0..M {
-            dots[m] = s.splat_i32(x.starts_at_32()[m]);
-        }
-        macro_rules! half {
-            ($half:literal) => {
-                let codes = half_of_six_bits(s, (high, low), g, $half);
-                dots = add_half(s, dots, $half, codes, x);
-            };
-        }
-        half!(0);
-        half!(1);
+        let scales = w4::scales(s, block.0, g);
+        let codes = Self::unpack(s, block, g);
+        let starts = x.starts_at_16();
+        let dots = each_token::dots::<S, 5, 8, M, M>(s, |t| codes[t], x.codes, starts, 0);
         add_scaled(s, dots, (scales, x.scales), acc);
     }
 
     #[inline(always)]
-    fn unpack<S: Isa>(s: S, block: (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS] {
-        let [[a, b, c, d], [e, f, g, h]] =
-            [half_of_six_bits(s, block, g, 0), half_of_six_bits(s, block, g, 1)];
-        [a, b, c, d, e, f, g, h]
+    fn unpack<S: Isa>(s: S, (high, low): (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS] {
+        let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
+        unpack::five_bits_of_planes(s, &high[g], &low.as_chunks().0[g])
     }
 
     fn low(block: &[u8], row: usize, col: usize) -> u8 {
-        block[col / HALF * STEP + 4 * row + col % 4] >> (col % HALF / 4 * 2) & 3
+        block[col / GROUP * STEP + 4 * row + col % 4] >> (col % GROUP / 4) & 1
     }
-}
-
-/// The codes of one half of group `g` of a block of W6Planes.
-#[inline(always)]
-fn half_of_six_bits<S: Isa>(
-    s: S,
-    (high, low): (&High, &[u8]),
-    g: usize,
-    half: usize,
-) -> [S::B; GROUP_STEPS / 2] {
-    let steps: &[[[u8; STEP]; 2]] = high[SCALE_BYTES..].as_chunks().0.as_chunks().0;
-    let [first, second] = &steps[2 * g + half];
-    let (first, second) = (s.load_bytes(first), s.load_bytes(second));
-    let (none, plane) = (s.load_bytes(&[0; STEP]), s.load_bytes(&low.as_chunks().0[2 * g + half]));
-    // Bits 2t and 2t + 1 of the plane become bits 0 and 1, nibbles bits 2 to 5.
-    [
-        s.insert_bits::<2, 0x3c>(s.insert_bits::<0, 3>(none, plane), first),
-        s.insert_bits::<-2, 0x3c>(s.insert_bits::<-2, 3>(none, plane), first),
-        s.insert_bits::<2, 0x3c>(s.insert_bits::<-4, 3>(none, plane), second),
-        s.insert_bits::<-2, 0x3c>(s.insert_bits::<-6, 3>(none, plane), second),
-    ]
 }
 
 /// Bytes of a block of both planes. `format` must be in planes.
@@ -221,36 +188,33 @@ pub fn split_panel(panel: &[u8], out: &mut [u8]) {
     }
 }
 
-/// Quantises up to 16 rows to a panel of [`W6Planes`].
-pub(super) struct EncodeSixBits<'a> {
+/// Quantises up to 16 rows to a panel of [`W5Planes`].
+pub(super) struct EncodeFiveBits<'a> {
     pub rows: Rows<'a>,
     /// The high blocks, then the low ones.
     pub out: &'a mut [u8],
 }
 
-impl Kernel for EncodeSixBits<'_> {
+impl Kernel for EncodeFiveBits<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        let (high, low) = self.out.split_at_mut(high_bytes(Format::W6Planes, self.out.len()));
+        let (high, low) = self.out.split_at_mut(high_bytes(Format::W5Planes, self.out.len()));
         low.fill(0);
-        let low = low.chunks_exact_mut(W6Planes::LOW_BYTES);
+        let low = low.chunks_exact_mut(W5Planes::LOW_BYTES);
         let (mut w, mut weights) = (vec![[0.0; LANES]; BLOCK], vec![1.0; BLOCK]);
         for (b, (high, low)) in high.chunks_exact_mut(HIGH_BYTES).zip(low).enumerate() {
             self.rows.columns(b * BLOCK, &mut w, &mut weights);
-            for g in 0..2 {
-                let code = |q: f32| (q as i32 + 32) as u8;
+            for (g, plane) in low.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+                let code = |q: f32| (q as i32 + 16) as u8;
                 let codes =
-                    w4::encode_group::<S, Integers<-32, 31>>(s, g, &w, &weights, high, code);
+                    w4::encode_group::<S, Integers<-16, 15>>(s, g, &w, &weights, high, code);
                 let steps = high[SCALE_BYTES..].as_chunks_mut().0;
-                let nibbles = codes.map(|codes| codes.map(|code| code >> 2));
+                let nibbles = codes.map(|codes| codes.map(|code| code >> 1));
                 put_nibbles(&nibbles, &mut steps[g * GROUP_STEPS / 2..]);
-                let planes = low.as_chunks_mut::<STEP>().0.iter_mut().skip(2 * g);
-                for (plane, codes) in planes.zip(codes.as_chunks::<HALF>().0) {
-                    for (col, codes) in codes.iter().enumerate() {
-                        for (row, code) in codes.iter().enumerate() {
-                            plane[4 * row + col % 4] |= (code & 3) << (col / 4 * 2);
-                        }
+                for (col, codes) in codes.iter().enumerate() {
+                    for (row, code) in codes.iter().enumerate() {
+                        plane[4 * row + col % 4] |= (code & 1) << (col / 4);
                     }
                 }
             }
@@ -298,29 +262,29 @@ mod tests {
     }
 
     #[test]
-    fn codes_of_six_bits_lie_where_the_layout_says() {
+    fn codes_of_five_bits_lie_where_the_layout_says() {
         let cols = 100;
         let w = random(PANEL_ROWS * cols, 5);
-        let mut panel = vec![0xee; panel_bytes(Format::W6Planes, cols)];
-        encode_panel_on(Cpu::best(), Format::W6Planes, &w, cols, None, &mut panel);
-        assert_eq!(panel.len(), 2 * (576 + 256));
+        let mut panel = vec![0xee; panel_bytes(Format::W5Planes, cols)];
+        encode_panel_on(Cpu::best(), Format::W5Planes, &w, cols, None, &mut panel);
+        assert_eq!(panel.len(), 2 * (576 + 128));
         let (high, low) = panel.split_at(2 * 576);
         for (row, w) in w.chunks_exact(cols).enumerate() {
             let mut got = vec![f32::NAN; cols];
-            decode_row(Format::W6Planes, &panel, cols, row, &mut got);
+            decode_row(Format::W5Planes, &panel, cols, row, &mut got);
             let mut largest = 0.0f32;
             for (col, (w, got)) in w.iter().zip(&got).enumerate() {
                 let (block, at) = (col / BLOCK, col % BLOCK);
-                let (high, low) = (&high[576 * block..], &low[256 * block..]);
+                let (high, low) = (&high[576 * block..], &low[128 * block..]);
                 let scale = w4::scale(high, row, at);
                 let nibble = high[64 + at / 8 * 64 + 4 * row + at % 4] >> (at % 8 / 4 * 4) & 15;
-                let bits = low[at / 16 * 64 + 4 * row + at % 4] >> (at % 16 / 4 * 2) & 3;
-                let number = i32::from(4 * nibble + bits) - 32;
+                let bit = low[at / 32 * 64 + 4 * row + at % 4] >> (at % 32 / 4) & 1;
+                let number = i32::from(2 * nibble + bit) - 16;
                 assert_eq!(*got, scale * number as f32, "row {row} column {col}");
                 assert!((w - got).abs() <= 1.3 * scale.abs(), "{w} {got} {scale}");
                 largest = largest.max(number.unsigned_abs() as f32);
             }
-            assert!(largest >= 30.0, "the extremes of row {row} take the largest codes");
+            assert!(largest >= 15.0, "the extremes of row {row} take the largest codes");
         }
     }
 }

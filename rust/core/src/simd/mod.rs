@@ -356,6 +356,33 @@ pub mod unpack {
         ]
     }
 
+    /// Codes of five bits in two planes: four bits in `high`, bit 0 in bit t of the bytes of `low`.
+    #[inline(always)]
+    pub fn five_bits_of_planes<S: Isa>(
+        s: S,
+        high: &[[u8; 4 * LANES]; 4],
+        low: &[u8; 4 * LANES],
+    ) -> [S::B; 8] {
+        let (none, low) = (s.load_bytes(&[0; 4 * LANES]), s.load_bytes(low));
+        let mut out = [
+            s.insert_bits::<0, 1>(none, low),
+            s.insert_bits::<-1, 1>(none, low),
+            s.insert_bits::<-2, 1>(none, low),
+            s.insert_bits::<-3, 1>(none, low),
+            s.insert_bits::<-4, 1>(none, low),
+            s.insert_bits::<-5, 1>(none, low),
+            s.insert_bits::<-6, 1>(none, low),
+            s.insert_bits::<-7, 1>(none, low),
+        ];
+        for t in 0..4 {
+            let high = s.load_bytes(&high[t]);
+            // Bits 0 to 3, and bits 4 to 7, become bits 1 to 4.
+            out[2 * t] = s.insert_bits::<1, 0x1e>(out[2 * t], high);
+            out[2 * t + 1] = s.insert_bits::<-3, 0x1e>(out[2 * t + 1], high);
+        }
+        out
+    }
+
     /// See [`Isa::add_six_bits_half`].
     #[inline(always)]
     pub fn six_bits<S: Isa>(
@@ -401,12 +428,12 @@ pub mod unpack {
 }
 
 /// Products of a group of columns with several tokens, one after the other.
-mod each_token {
+pub mod each_token {
     use super::{Isa, LANES, unpack};
 
     /// Of N steps of codes of up to BITS bits with the T tokens from `first`, see [`Isa::add_codes`].
     #[inline(always)]
-    fn dots<S: Isa, const BITS: u32, const N: usize, const M: usize, const T: usize>(
+    pub fn dots<S: Isa, const BITS: u32, const N: usize, const M: usize, const T: usize>(
         s: S,
         codes: impl Fn(usize) -> S::B,
         x: &[[[i8; 4]; M]; N],
