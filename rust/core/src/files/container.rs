@@ -263,7 +263,7 @@ mod tests {
         let bytes = info().layout(&[]).header;
         let good = read_header(&bytes, "a").expect("a valid file").metadata;
         for (key, value, expected) in [
-            ("qdelta.version", Some("7"), "this program reads \"4\"; convert the checkpoint again"),
+            ("qdelta.version", Some("7"), "this program reads \"5\"; convert the checkpoint again"),
             ("qdelta.version", None, "not a file that qdelta converted"),
             ("qdelta.convention", Some("bold"), "`qdelta.convention` is \"bold\""),
             ("qdelta.quant", Some("none"), "`qdelta.quant` is \"none\", expected \"w4\""),
