@@ -175,7 +175,7 @@ def test_a_profile_accounts_for_all_time(threads, test):
         assert head.gb_per_s * head.us_per_token * 1e3 == pytest.approx(moved["head"])
 
 
-@pytest.mark.parametrize(("quant", "block"), [("w8", 1088), ("w4", 832)])
+@pytest.mark.parametrize(("quant", "block"), [("w8", 1088), ("w4", 704)])
 def test_a_screened_head_is_measured_where_it_works(quant, block):
     full, screened = (
         bench.load_file(qdelta.source.locate("demo"), quant=quant, threads=2, head=head)
