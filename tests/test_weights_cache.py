@@ -176,7 +176,7 @@ def test_another_version(model: Path, cache: Path):
     weights.open_model(model, "w8", cache)
     path = converted(cache)
     content = path.read_bytes()
-    old = content.replace(b'"qdelta.version":"5"', b'"qdelta.version":"1"', 1)
+    old = content.replace(b'"qdelta.version":"6"', b'"qdelta.version":"1"', 1)
     assert old != content
     path.write_bytes(old)
     with pytest.raises(qdelta.UnsupportedError, match="version"):

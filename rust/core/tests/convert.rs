@@ -78,7 +78,7 @@ fn the_file_holds_the_checkpoint() {
         assert_eq!(read.quant, quant);
         assert_eq!(read.config_json, source.config_json);
         assert_eq!(read.sources(), source.sources());
-        assert_eq!(read.metadata()["qdelta.version"], "5");
+        assert_eq!(read.metadata()["qdelta.version"], "6");
         assert_eq!(&read.attachment("tokenizer.json").expect("attached")[..], b"some text");
         assert_eq!(&read.attachment("empty").expect("attached")[..], b"");
         assert_eq!(&read.attachment("made").expect("attached")[..], b"a text");

@@ -24,7 +24,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 /// Version of the layout. It counts every change of what the bytes mean, block formats included.
-pub const VERSION: &str = "5";
+pub const VERSION: &str = "6";
 /// Tensors start at multiples of this.
 pub const ALIGNMENT: usize = 64;
 const DATA_ALIGNMENT: usize = 4096;
@@ -263,7 +263,7 @@ mod tests {
         let bytes = info().layout(&[]).header;
         let good = read_header(&bytes, "a").expect("a valid file").metadata;
         for (key, value, expected) in [
-            ("qdelta.version", Some("7"), "this program reads \"5\"; convert the checkpoint again"),
+            ("qdelta.version", Some("7"), "this program reads \"6\"; convert the checkpoint again"),
             ("qdelta.version", None, "not a file that qdelta converted"),
             ("qdelta.convention", Some("bold"), "`qdelta.convention` is \"bold\""),
             ("qdelta.quant", Some("none"), "`qdelta.quant` is \"none\", expected \"w4\""),

@@ -16,7 +16,7 @@ use crate::quant::{
     BLOCK, Format, GROUP, GROUP_STEPS, Group, Layout, Lines, PANEL_ROWS, Packed, STEP,
     UnpackedGroup, add_offsets, panel_bytes, w4, with_packed, with_planes,
 };
-use crate::simd::{Cpu, Isa, Kernel, LANES, TILE_TOKENS};
+use crate::simd::{Cpu, Isa, Kernel, LANES, TILE_TOKENS, unpack};
 use std::marker::PhantomData;
 
 /// Whole panels with a byte for each code.
@@ -160,7 +160,8 @@ impl<P: InPlanes> Kernel for UnpackPlanes<'_, P> {
                 ask(high.as_flattened(), HIGH_BYTES);
                 ask(low, P::LOW_BYTES);
                 let place = places.next().expect("a place for each group");
-                place.put(s, P::unpack(s, (block, low_block), g), [w4::scales(s, block, g)]);
+                let codes = unpack(s, P::codes((block, low_block), g));
+                place.put(s, codes, [w4::scales(s, block, g)]);
             }
         }
     }

@@ -7,11 +7,11 @@
 //!     16 x f16   offsets
 //!     4 x 64 B   codes in the order of W4
 //!
-//! [`W5Affine`] has codes of 5 bits, 6 bits a weight. A block is 384 bytes, because before the
-//! codes are their high bits in the order of W5K.
+//! [`W5Affine`] has codes of 5 bits, 6 bits a weight. A block is 384 bytes and ends in
+//!
+//!     5 x 64 B   codes in the order of [`super::codes`]
 
-use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code, unpack_five_bits};
-use super::w4::nibble;
+use super::codes::{self, FIVE_BITS_BYTES, FiveBits, NIBBLES_BYTES, Nibbles, nibble};
 use super::{Group, Layout, Packed, UnpackedGroup, add_offsets};
 use crate::simd::{Isa, LANES, unpack};
 use half::f16;
@@ -19,8 +19,8 @@ use half::f16;
 /// Bytes of scales and offsets at the start of a block.
 pub const SCALE_BYTES: usize = 2 * 2 * LANES;
 
-pub const W4_BYTES: usize = SCALE_BYTES + NIBBLES;
-pub const W5_BYTES: usize = SCALE_BYTES + FIVE_BITS;
+pub const W4_BYTES: usize = SCALE_BYTES + NIBBLES_BYTES;
+pub const W5_BYTES: usize = SCALE_BYTES + FIVE_BITS_BYTES;
 
 pub struct W4Affine;
 pub struct W5Affine;
@@ -30,6 +30,16 @@ pub struct W5Affine;
 fn affine<S: Isa>(s: S, block: &[u8]) -> (S::F, S::F) {
     let halves = block.as_chunks().0;
     (s.load_f16(&halves[0]), s.load_f16(&halves[1]))
+}
+
+#[inline(always)]
+fn nibbles(block: &[u8; W4_BYTES]) -> Nibbles<'_> {
+    Nibbles(&block[SCALE_BYTES..].as_chunks().0.as_chunks().0[0])
+}
+
+#[inline(always)]
+fn five_bits(block: &[u8; W5_BYTES]) -> FiveBits<'_> {
+    FiveBits(&block[SCALE_BYTES..].as_chunks().0.as_chunks().0[0])
 }
 
 fn decode(block: &[u8], row: usize, code: u8) -> f32 {
@@ -59,17 +69,15 @@ impl Packed for W4Affine {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
         let (scales, offsets) = affine(s, block);
-        s.add_nibbles_group(&codes[0], x.codes, &[0; M], (scales, x.scales), acc);
+        s.add_dots(nibbles(block), x.codes, &[0; M], (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
     #[inline(always)]
-    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
+    fn unpack<S: Isa>(s: S, block: &Self::Block, _: usize, out: UnpackedGroup<'_>) {
         let (scales, offsets) = affine(s, block);
-        out.put(s, unpack::nibbles(s, &codes[g]), [scales, offsets]);
+        out.put(s, unpack(s, nibbles(block)), [scales, offsets]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
@@ -100,18 +108,17 @@ impl Packed for W5Affine {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block);
-        add_five_bits(s, &block[SCALE_BYTES..].as_chunks().0[0], &[0; M], scales, x, acc);
+        s.add_dots(five_bits(block), x.codes, &[0; M], (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
     #[inline(always)]
-    fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
+    fn unpack<S: Isa>(s: S, block: &Self::Block, _: usize, out: UnpackedGroup<'_>) {
         let (scales, offsets) = affine(s, block);
-        let codes = unpack_five_bits(s, &block[SCALE_BYTES..].as_chunks().0[g]);
-        out.put(s, codes, [scales, offsets]);
+        out.put(s, unpack(s, five_bits(block)), [scales, offsets]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        decode(block, row, five_bit_code(&block[SCALE_BYTES..], row, col))
+        decode(block, row, codes::five_bits(&block[SCALE_BYTES..], row, col))
     }
 }

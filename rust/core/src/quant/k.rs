@@ -11,10 +11,9 @@
 //!     8 x 16 B       b
 //!     8 x 4 x 64 B   codes of a group in the order of W4
 //!
-//! [`W5K`], 5.625 bits, is the same with codes of 5 bits: a super-block is 2880 bytes, because before
-//! the codes of each group are
+//! [`W5K`], 5.625 bits, is the same with codes of 5 bits: a super-block is 2880 bytes and ends in
 //!
-//!     64 B   row r at bytes 4r..4r+4; bit t of byte i: the high bit of column 4t + i
+//!     8 x 5 x 64 B   codes of a group in the order of [`super::codes`]
 //!
 //! [`W6K`], 6.625 bits: weight = d a (code - 32), with one signed byte a per row and 16 columns. A
 //! super-block is 3392 bytes:
@@ -22,8 +21,7 @@
 //!     16 x f16       d
 //!     32 B           zeros, so that what follows stays at whole cache lines
 //!     16 x 16 B      a
-//!     16 halves of   64 B, row r at bytes 4r..4r+4: bits 2t, 2t + 1 of byte i are the high bits of
-//!                    column 4t + i; then 2 x 64 B, the low four bits in the order of W4
+//!     16 x 3 x 64 B  codes of half a group in the order of [`super::codes`]
 //!
 //! [`W4NlK`], 4.375 bits: weight = d a TABLE[code] with the table of W4NL, one signed byte a per row
 //! and group. A super-block is 2240 bytes:
@@ -46,13 +44,14 @@
 //! stream gives up if a line is read before an earlier one. With high bits behind the low ones a core
 //! of a Zen 5 read W5K and W6K at 17 GB/s in place of 38.
 
-use super::ggml::HALF;
-use super::search::{self, Codes, Integers};
-use super::w4::{nibble, put_nibbles};
-use super::w4_nl;
-use super::{
-    Encode, GROUP, GROUP_STEPS, Group, Layout, Packed, STEP, UnpackedGroup, add_offsets, add_scaled,
+use super::codes::{
+    self, FIVE_BITS_BYTES, FiveBits, NIBBLES_BYTES, Nibbles, SIX_BITS_BYTES, SixBits, TwoBits,
+    nibble,
 };
+use super::ggml::HALF;
+use super::search::{self, Integers, Numbers};
+use super::w4_nl;
+use super::{Encode, GROUP, Group, Layout, Packed, STEP, UnpackedGroup, add_offsets};
 use crate::simd::{Isa, LANES, unpack};
 use half::f16;
 
@@ -61,28 +60,22 @@ pub const SUPER: usize = 256;
 pub(super) const GROUPS: usize = SUPER / GROUP;
 const HALVES: usize = 2 * GROUPS;
 
-/// Bytes of the low nibbles of a group.
-pub(super) const NIBBLES: usize = GROUP_STEPS / 2 * STEP;
-/// Bytes of a group's codes of five bits.
-pub(super) const FIVE_BITS: usize = STEP + NIBBLES;
-
 /// The scales of W4K and W5K.
 pub(super) const A: usize = 2 * 2 * LANES;
 pub(super) const B: usize = A + GROUPS * LANES;
 pub(super) const AFFINE: usize = B + GROUPS * LANES;
-/// Those of W6K, and the codes of one half of a group.
+/// Those of W6K.
 pub(super) const A6: usize = 64;
 pub(super) const SIGNED: usize = A6 + HALVES * LANES;
-pub(super) const HALF_BYTES: usize = STEP + NIBBLES / 2;
 const ZERO6: i32 = 32;
 
-pub const W4K_BYTES: usize = AFFINE + GROUPS * NIBBLES;
-pub const W5K_BYTES: usize = AFFINE + GROUPS * FIVE_BITS;
+pub const W4K_BYTES: usize = AFFINE + GROUPS * NIBBLES_BYTES;
+pub const W5K_BYTES: usize = AFFINE + GROUPS * FIVE_BITS_BYTES;
 /// The scales of W4NlK.
 pub(super) const TABLED: usize = A6 + GROUPS * LANES;
 
-pub const W4NLK_BYTES: usize = TABLED + GROUPS * NIBBLES;
-pub const W6K_BYTES: usize = SIGNED + HALVES * HALF_BYTES;
+pub const W4NLK_BYTES: usize = TABLED + GROUPS * NIBBLES_BYTES;
+pub const W6K_BYTES: usize = SIGNED + HALVES * SIX_BITS_BYTES;
 
 /// The scales of W2K.
 pub(super) const PAIRED: usize = A + HALVES * LANES;
@@ -112,46 +105,16 @@ fn decode_affine(block: &[u8], row: usize, g: usize, code: u8) -> f32 {
     d * byte(A) * f32::from(code) - m * byte(B)
 }
 
-/// acc += scales times the products of a group's codes of five bits with M tokens. starts: what the dot
-/// products begin with.
+/// The codes of group `g` of a block of W4K.
 #[inline(always)]
-pub(super) fn add_five_bits<S: Isa, const M: usize>(
-    s: S,
-    codes: &[u8; FIVE_BITS],
-    starts: &[i32; M],
-    scales: S::F,
-    x: Group<'_, M>,
-    acc: &mut [S::F; M],
-) {
-    let (plane, steps) = codes.as_chunks().0.split_first().expect("a plane is there");
-    let steps = steps.first_chunk().expect("four steps");
-    s.add_five_bits_group(plane, steps, x.codes, starts, (scales, x.scales), acc);
+fn nibbles(block: &[u8; W4K_BYTES], g: usize) -> Nibbles<'_> {
+    Nibbles(&block[AFFINE..].as_chunks().0.as_chunks().0[g])
 }
 
-/// A group's codes of five bits, a vector for each four columns.
+/// The codes of group `g` of a block of W5K.
 #[inline(always)]
-pub(super) fn unpack_five_bits<S: Isa>(s: S, codes: &[u8; FIVE_BITS]) -> [S::B; GROUP_STEPS] {
-    let (plane, steps) = codes.as_chunks().0.split_first().expect("a plane is there");
-    unpack::five_bits(s, plane, steps.first_chunk().expect("four steps"))
-}
-
-/// Puts a group's codes of five bits in their order.
-pub(super) fn put_five_bits(codes: &[[u8; LANES]; GROUP], out: &mut [u8]) {
-    let (plane, nibbles) = out.split_at_mut(STEP);
-    put_nibbles(codes, nibbles.as_chunks_mut().0);
-    plane.fill(0);
-    for (col, codes) in codes.iter().enumerate() {
-        for (row, code) in codes.iter().enumerate() {
-            plane[4 * row + col % 4] |= (code >> 4) << (col / 4);
-        }
-    }
-}
-
-/// A code of five bits among those of its group.
-pub(super) fn five_bit_code(codes: &[u8], row: usize, col: usize) -> u8 {
-    let (plane, nibbles) = codes.split_at(STEP);
-    let high = plane[4 * row + col % 4] >> (col / 4) & 1;
-    nibble(nibbles, row, col) | high << 4
+fn five_bits(block: &[u8; W5K_BYTES], g: usize) -> FiveBits<'_> {
+    FiveBits(&block[AFFINE..].as_chunks().0.as_chunks().0[g])
 }
 
 impl Packed for W4K {
@@ -176,22 +139,20 @@ impl Packed for W4K {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (codes, _) = block[AFFINE..].as_chunks().0.as_chunks();
         let (scales, offsets) = affine(s, block, g);
-        s.add_nibbles_group(&codes[g], x.codes, &[0; M], (scales, x.scales), acc);
+        s.add_dots(nibbles(block, g), x.codes, &[0; M], (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let (codes, _) = block[AFFINE..].as_chunks().0.as_chunks();
         let (scales, offsets) = affine(s, block, g);
-        out.put(s, unpack::nibbles(s, &codes[g]), [scales, offsets]);
+        out.put(s, unpack(s, nibbles(block, g)), [scales, offsets]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let g = col / GROUP;
-        let code = nibble(&block[AFFINE + g * NIBBLES..], row, col % GROUP);
+        let code = nibble(&block[AFFINE + g * NIBBLES_BYTES..], row, col % GROUP);
         decode_affine(block, row, g, code)
     }
 }
@@ -219,20 +180,19 @@ impl Packed for W5K {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block, g);
-        add_five_bits(s, &block[AFFINE..].as_chunks().0[g], &[0; M], scales, x, acc);
+        s.add_dots(five_bits(block, g), x.codes, &[0; M], (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
         let (scales, offsets) = affine(s, block, g);
-        let codes = unpack_five_bits(s, &block[AFFINE..].as_chunks().0[g]);
-        out.put(s, codes, [scales, offsets]);
+        out.put(s, unpack(s, five_bits(block, g)), [scales, offsets]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let g = col / GROUP;
-        let code = five_bit_code(&block[AFFINE + g * FIVE_BITS..], row, col % GROUP);
+        let code = codes::five_bits(&block[AFFINE + g * FIVE_BITS_BYTES..], row, col % GROUP);
         decode_affine(block, row, g, code)
     }
 }
@@ -245,29 +205,6 @@ fn split_nibbles<S: Isa>(s: S, bytes: &[u8; LANES]) -> (S::F, S::F) {
     let near = s.fma(bytes, s.splat(1.0 / 16.0), s.splat(-7.5 / 16.0));
     let high = s.to_f32(s.to_i32(near));
     (s.fma(high, s.splat(-16.0), bytes), high)
-}
-
-/// Exact integer dot products of codes of two bits with M tokens. x: of four columns each.
-#[inline(always)]
-fn pair_dots<S: Isa, const M: usize>(s: S, plane: &[u8; STEP], x: &[[[i8; 4]; M]]) -> [S::I; M] {
-    let (none, plane) = (s.load_bytes(&[0; STEP]), s.load_bytes(plane));
-    let codes = [
-        s.insert_bits::<0, 3>(none, plane),
-        s.insert_bits::<-2, 3>(none, plane),
-        s.insert_bits::<-4, 3>(none, plane),
-        s.insert_bits::<-6, 3>(none, plane),
-    ];
-    let mut acc = [s.start_nibbles(0); M];
-    for t in 0..4 {
-        for m in 0..M {
-            acc[m] = s.dot_nibbles(acc[m], codes[t], s.splat_bytes(x[t][m]));
-        }
-    }
-    let mut dots = [s.splat_i32(0); M];
-    for m in 0..M {
-        dots[m] = s.end_nibbles(acc[m], 0);
-    }
-    dots
 }
 
 impl Packed for W2K {
@@ -297,8 +234,9 @@ impl Packed for W2K {
         let factors = block[A..PAIRED].as_chunks().0;
         let planes: &[[[u8; STEP]; 2]] = block[PAIRED..].as_chunks().0.as_chunks().0;
         let [first, second] = &planes[g];
-        let (early, late) = x.codes.split_at(GROUP_STEPS / 2);
-        let (first, second) = (pair_dots(s, first, early), pair_dots(s, second, late));
+        let [early, late] = x.halves();
+        let first = s.dots(TwoBits(first), early, &[0; M]);
+        let second = s.dots(TwoBits(second), late, &[0; M]);
         let (a0, b0) = split_nibbles(s, &factors[2 * g]);
         let (a1, b1) = split_nibbles(s, &factors[2 * g + 1]);
         // The starts are -32 times the sums of a half, and -8 times those of both.
@@ -339,6 +277,12 @@ fn tabled_scales<S: Isa>(s: S, block: &[u8], g: usize) -> S::F {
     s.mul(d, s.load_i8(&block[A6..TABLED].as_chunks().0[g]))
 }
 
+/// The codes of group `g` of a block of W4NlK.
+#[inline(always)]
+fn places(block: &[u8; W4NLK_BYTES], g: usize) -> Nibbles<'_> {
+    Nibbles(&block[TABLED..].as_chunks().0.as_chunks().0[g])
+}
+
 impl Packed for W4NlK {
     type Block = [u8; W4NLK_BYTES];
     const GROUPS: usize = GROUPS;
@@ -361,39 +305,32 @@ impl Packed for W4NlK {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (codes, _) = block[TABLED..].as_chunks().0.as_chunks();
-        let dots = w4_nl::dots(s, &w4_nl::BYTES, &codes[g], x);
-        add_scaled(s, dots, (tabled_scales(s, block, g), x.scales), acc);
+        let scales = (tabled_scales(s, block, g), x.scales);
+        s.add_dots(w4_nl::tabled(places(block, g)), x.codes, x.starts_at_128(), scales, acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let (codes, _) = block[TABLED..].as_chunks().0.as_chunks();
-        let codes = unpack::tabled(s, &w4_nl::BYTES, &codes[g]);
+        let codes = unpack(s, w4_nl::tabled(places(block, g)));
         out.put(s, codes, [tabled_scales(s, block, g)]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let (g, col) = (col / GROUP, col % GROUP);
-        let code = nibble(&block[TABLED + g * NIBBLES..], row, col);
+        let code = nibble(&block[TABLED + g * NIBBLES_BYTES..], row, col);
         let d = f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
         let a = f32::from(block[A6 + g * LANES + row] as i8);
         d * a * f32::from(w4_nl::TABLE[usize::from(code)])
     }
 }
 
-/// High bits and nibbles, and the scales, of one half of group `g` of a block of W6K.
+/// Codes and scales of one half of group `g` of a block of W6K.
 #[inline(always)]
-fn half_of_six_bits<S: Isa>(
-    s: S,
-    block: &[u8; W6K_BYTES],
-    g: usize,
-    half: usize,
-) -> (&[[u8; STEP]; 3], S::F) {
-    let (halves, _) = block[SIGNED..].as_chunks::<STEP>().0.as_chunks();
+fn half<S: Isa>(s: S, block: &[u8; W6K_BYTES], g: usize, half: usize) -> (SixBits<'_>, S::F) {
+    let (codes, _) = block[SIGNED..].as_chunks::<STEP>().0.as_chunks();
     let d = s.load_f16(&block.as_chunks().0[0]);
     let a = block[A6..SIGNED].as_chunks().0;
-    (&halves[2 * g + half], s.mul(d, s.load_i8(&a[2 * g + half])))
+    (SixBits(&codes[2 * g + half]), s.mul(d, s.load_i8(&a[2 * g + half])))
 }
 
 impl Packed for W6K {
@@ -418,32 +355,23 @@ impl Packed for W6K {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let halves = x.codes.as_chunks().0;
-        macro_rules! half {
-            ($half:literal) => {
-                let ([plane, w @ ..], scales) = half_of_six_bits(s, block, g, $half);
-                let starts = x.starts_of_half($half);
-                s.add_six_bits_half(plane, w, &halves[$half], starts, (scales, x.scales), acc);
-            };
-        }
-        half!(0);
-        half!(1);
+        let [early, late] = x.halves();
+        let (codes, scales) = half(s, block, g, 0);
+        s.add_dots(codes, early, x.starts_of_half(0), (scales, x.scales), acc);
+        let (codes, scales) = half(s, block, g, 1);
+        s.add_dots(codes, late, x.starts_of_half(1), (scales, x.scales), acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let ([plane, w @ ..], first) = half_of_six_bits(s, block, g, 0);
-        let [a, b, c, d] = unpack::six_bits(s, plane, w);
-        let ([plane, w @ ..], second) = half_of_six_bits(s, block, g, 1);
-        let [e, f, g, h] = unpack::six_bits(s, plane, w);
+        let ((early, first), (late, second)) = (half(s, block, g, 0), half(s, block, g, 1));
+        let ([a, b, c, d], [e, f, g, h]) = (unpack(s, early), unpack(s, late));
         out.put(s, [a, b, c, d, e, f, g, h], [first, second]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
         let (half, col) = (col / HALF, col % HALF);
-        let (plane, codes) = block[SIGNED + half * HALF_BYTES..].split_at(STEP);
-        let high = plane[4 * row + col % 4] >> (col / 4 * 2) & 3;
-        let code = nibble(codes, row, col) | high << 4;
+        let code = codes::six_bits(&block[SIGNED + half * SIX_BITS_BYTES..], row, col);
         let d = f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
         let a = f32::from(block[A6 + half * LANES + row] as i8);
         d * a * (i32::from(code) - ZERO6) as f32
@@ -454,8 +382,7 @@ impl Encode for W4K {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
         let put = |g: usize, codes: &[[u8; LANES]; GROUP], block: &mut [u8]| {
-            let steps = block[AFFINE + g * NIBBLES..].as_chunks_mut().0;
-            put_nibbles(codes, &mut steps[..GROUP_STEPS / 2]);
+            codes::put(codes, &mut block[AFFINE + g * NIBBLES_BYTES..], codes::join_nibbles);
         };
         encode_affine(s, 15.0, w, importance, block, put);
     }
@@ -465,7 +392,7 @@ impl Encode for W5K {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
         let put = |g: usize, codes: &[[u8; LANES]; GROUP], block: &mut [u8]| {
-            put_five_bits(codes, &mut block[AFFINE + g * FIVE_BITS..][..FIVE_BITS]);
+            codes::put(codes, &mut block[AFFINE + g * FIVE_BITS_BYTES..], codes::join_five_bits);
         };
         encode_affine(s, 31.0, w, importance, block, put);
     }
@@ -524,13 +451,13 @@ const SIGNED_BYTE: f32 = 127.0;
 impl Encode for W6K {
     #[inline(always)]
     fn encode<S: Isa>(s: S, w: &[[f32; LANES]], importance: &[f32], block: &mut Self::Block) {
-        type Numbers = Integers<-32, 31>;
+        type Codes = Integers<-32, 31>;
         let zero = s.splat(0.0);
         let halves = || w.as_chunks::<HALF>().0.iter().zip(importance.chunks_exact(HALF));
         let mut scales = [zero; HALVES];
         let mut largest = zero;
         for (scale, (w, importance)) in scales.iter_mut().zip(halves()) {
-            *scale = search::scale::<S, Numbers>(s, w, importance);
+            *scale = search::scale::<S, Codes>(s, w, importance);
             largest = s.max(largest, s.abs(*scale));
         }
         block[..A6].fill(0);
@@ -545,19 +472,14 @@ impl Encode for W6K {
             block[at..at + LANES].copy_from_slice(&a.map(|a| a as u8));
             let scale = s.mul(d, s.to_f32(factor));
             let divisor = s.select_gt(s.abs(scale), zero, scale, s.splat(f32::INFINITY));
-            let (plane, nibbles) = block[SIGNED + half * HALF_BYTES..].split_at_mut(STEP);
-            plane.fill(0);
-            for (col, w) in w.iter().enumerate() {
+            let mut codes = [[0; LANES]; HALF];
+            for (w, codes) in w.iter().zip(&mut codes) {
                 let mut q = [0.0; LANES];
-                s.store(Numbers::nearest(s, s.div(s.load(w), divisor)), &mut q);
-                for (row, q) in q.iter().enumerate() {
-                    let code = (*q as i32 + ZERO6) as u8;
-                    let at = 4 * row + col % 4;
-                    let nibble = &mut nibbles[col / 8 * STEP + at];
-                    *nibble = if col % 8 < 4 { code & 15 } else { *nibble & 15 | code << 4 };
-                    plane[at] |= (code >> 4) << (col / 4 * 2);
-                }
+                s.store(Codes::nearest(s, s.div(s.load(w), divisor)), &mut q);
+                *codes = q.map(|q| (q as i32 + ZERO6) as u8);
             }
+            let at = SIGNED + half * SIX_BITS_BYTES;
+            codes::put(&codes, &mut block[at..], codes::join_six_bits);
         }
     }
 }

@@ -10,6 +10,7 @@
 //! codes apart. [`reorder`] makes panels of a GGUF file's blocks.
 
 pub mod affine;
+pub mod codes;
 pub mod float;
 pub mod fp8;
 pub mod ggml;
@@ -24,7 +25,7 @@ pub mod w4_nl;
 pub mod w8;
 
 use crate::error::{Error, Result};
-use crate::simd::{Cpu, Isa, Kernel, LANES, add_scaled};
+use crate::simd::{Cpu, Isa, Kernel, LANES};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -259,22 +260,17 @@ pub struct Group<'a, const M: usize> {
 }
 
 impl<const M: usize> Group<'_, M> {
+    /// The codes of each half of the columns.
+    #[inline(always)]
+    fn halves(&self) -> [&[[[i8; 4]; M]; GROUP_STEPS / 2]; 2] {
+        let halves = self.codes.as_chunks().0;
+        [&halves[0], &halves[1]]
+    }
+
     /// -8 times the sum of each token's codes.
     #[inline(always)]
     pub fn starts_at_8(&self) -> &[i32; M] {
         &self.starts[0]
-    }
-
-    /// -16 times the sum of each token's codes.
-    #[inline(always)]
-    fn starts_at_16(&self) -> &[i32; M] {
-        &self.starts[1]
-    }
-
-    /// -32 times the sum of each token's codes.
-    #[inline(always)]
-    fn starts_at_32(&self) -> &[i32; M] {
-        &self.starts[2]
     }
 
     /// -128 times the sum of each token's codes.
@@ -288,8 +284,8 @@ impl<const M: usize> Group<'_, M> {
     pub fn starts_at_zero_of(&self, bits: u32) -> &[i32; M] {
         match bits {
             4 => self.starts_at_8(),
-            5 => self.starts_at_16(),
-            6 => self.starts_at_32(),
+            5 => &self.starts[1],
+            6 => &self.starts[2],
             8 => self.starts_at_128(),
             _ => unreachable!("codes have 4, 5, 6 or 8 bits"),
         }

@@ -4,6 +4,9 @@
 //! is taken from its block as eight words of four columns each, a code a byte, which is how panels
 //! have them: so all work is shifting and masking words.
 
+use super::codes::{
+    NIBBLES_BYTES, SIX_BITS_BYTES, join_five_bits, join_nibbles, join_six_bits, put_row,
+};
 use super::ggml::{HALF, affine_scales, iq4_xs_scale, q3_k_scale};
 use super::k::{self, SUPER};
 use super::{BlockType, Format, GROUP_STEPS, PANEL_ROWS, STEP, panel_bytes};
@@ -14,6 +17,8 @@ use crate::simd::LANES;
 type Words = [u32; GROUP_STEPS];
 
 const LOW_NIBBLES: u32 = 0x0f0f_0f0f;
+const LOW_PAIRS: u32 = 0x0303_0303;
+const LOW_BITS: u32 = 0x0101_0101;
 
 /// The panel format with the numbers of a block type.
 pub fn panel_format(block: BlockType) -> Format {
@@ -73,7 +78,8 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     let out = &mut out[g / 2 * w4::BLOCK_BYTES..][..w4::BLOCK_BYTES];
                     let (scales, codes) = out.split_at_mut(w4::SCALE_BYTES);
                     put_half(scales, g % 2 * LANES + row, block);
-                    put_nibbles(&mut codes[g % 2 * 4 * STEP..], row, &split_nibbles(&block[2..]));
+                    let words = join_nibbles(split_nibbles(&block[2..]));
+                    put_row(&mut codes[g % 2 * NIBBLES_BYTES..], row, &words);
                 }
             }
             BlockType::Q8_0 | BlockType::Q5_0 => {
@@ -86,7 +92,7 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                         _ => code_words(block, bytes),
                     };
                     let words = words.map(|word| word ^ 0x8080_8080);
-                    put_words(&mut codes[g % 2 * GROUP_STEPS * STEP..], row, words);
+                    put_row(&mut codes[g % 2 * GROUP_STEPS * STEP..], row, &words);
                 }
             }
             BlockType::Q4_1 | BlockType::Q5_1 => {
@@ -98,7 +104,7 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     put_half(scales, LANES + row, &block[2..]);
                     let (bits, nibbles) = block[4..].split_at(block.len() - 4 - HALF);
                     let high = bits.first_chunk().map(|bits| spread(u32::from_le_bytes(*bits)));
-                    put_group(codes, row, &split_nibbles(nibbles), high);
+                    put_group(codes, row, split_nibbles(nibbles), high);
                 }
             }
             BlockType::Q4K | BlockType::Q5K => {
@@ -127,8 +133,8 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     put_half(out, row, block);
                     for g in 0..k::GROUPS {
                         out[k::A6 + g * LANES + row] = iq4_xs_scale(block, g) as u8;
-                        let codes = &mut out[k::TABLED + g * k::NIBBLES..][..k::NIBBLES];
-                        put_nibbles(codes, row, &split_nibbles(&block[8 + 16 * g..]));
+                        let words = join_nibbles(split_nibbles(&block[8 + 16 * g..]));
+                        put_row(&mut out[k::TABLED + g * NIBBLES_BYTES..], row, &words);
                     }
                 }
             }
@@ -137,7 +143,8 @@ pub fn reorder_panel(block: BlockType, rows: &[u8], cols: usize, out: &mut [u8])
                     let out = &mut out[g / 2 * w4::BLOCK_BYTES..][..w4::BLOCK_BYTES];
                     let (exponents, codes) = out.split_at_mut(w4::SCALE_BYTES);
                     exponents[g % 2 * LANES + row] = block[0];
-                    put_nibbles(&mut codes[g % 2 * 4 * STEP..], row, &split_nibbles(&block[1..]));
+                    let words = join_nibbles(split_nibbles(&block[1..]));
+                    put_row(&mut codes[g % 2 * NIBBLES_BYTES..], row, &words);
                 }
             }
         }
@@ -158,45 +165,22 @@ fn split_nibbles(bytes: &[u8]) -> Words {
     std::array::from_fn(|t| word(bytes, t % 4) >> (t / 4 * 4) & LOW_NIBBLES)
 }
 
-/// Puts one row's codes of a group into steps of one byte.
-fn put_words(codes: &mut [u8], row: usize, words: Words) {
-    let steps = codes.as_chunks_mut::<STEP>().0;
-    for (step, word) in steps.iter_mut().zip(words) {
-        step[4 * row..][..4].copy_from_slice(&word.to_le_bytes());
-    }
-}
-
-/// Puts one row's codes, their low four bits, into steps of two nibbles.
-fn put_nibbles(codes: &mut [u8], row: usize, words: &[u32]) {
-    let steps = codes.as_chunks_mut::<STEP>().0;
-    for (step, [low, high]) in steps.iter_mut().zip(words.as_chunks().0) {
-        let pair = low & LOW_NIBBLES | (high & LOW_NIBBLES) << 4;
-        step[4 * row..][..4].copy_from_slice(&pair.to_le_bytes());
-    }
-}
-
 /// Puts one row's codes of four or five bits into a group. high: the words of the fifth bits, where
-/// there are some, as the lowest of their bytes.
-fn put_group(group: &mut [u8], row: usize, words: &Words, high: Option<Words>) {
-    let (plane, codes) = group.split_at_mut(group.len() - k::NIBBLES);
-    put_nibbles(codes, row, words);
-    if let Some(high) = high {
-        put_plane(plane, row, high);
+/// there are some, as the lowest of their bytes; what is above them does not matter.
+fn put_group(group: &mut [u8], row: usize, low: Words, high: Option<Words>) {
+    match high {
+        None => put_row(group, row, &join_nibbles(low)),
+        Some(high) => {
+            let words = std::array::from_fn(|t| low[t] | (high[t] & LOW_BITS) << 4);
+            put_row(group, row, &join_five_bits(words));
+        }
     }
-}
-
-/// Puts the low bits of one row's codes, as many as share a byte, into a plane.
-fn put_plane<const N: usize>(plane: &mut [u8], row: usize, words: [u32; N]) {
-    let width = 8 / N;
-    let mask = ((1 << width) - 1) * 0x0101_0101;
-    let bits = words.iter().rev().fold(0, |bits, word| bits << width | word & mask);
-    plane[4 * row..][..4].copy_from_slice(&bits.to_le_bytes());
 }
 
 /// The bits of 32 columns, a byte each.
 fn spread(bits: u32) -> Words {
     // A product puts bit i of four at bit 8 i.
-    std::array::from_fn(|t| (bits >> (4 * t) & 15).wrapping_mul(0x0020_4081) & 0x0101_0101)
+    std::array::from_fn(|t| (bits >> (4 * t) & 15).wrapping_mul(0x0020_4081) & LOW_BITS)
 }
 
 /// Q4_K and Q5_K: d and dmin (f16), twelve bytes of scales, high bits in Q5_K, nibbles.
@@ -215,7 +199,7 @@ fn reorder_affine(block: &[u8], row: usize, out: &mut [u8]) {
         let words: Words = std::array::from_fn(|t| word(bytes, t) >> (g % 2 * 4) & LOW_NIBBLES);
         let group = &mut out[k::AFFINE + g * group_bytes..][..group_bytes];
         let high = has_plane.then(|| std::array::from_fn(|t| word(high, t) >> g));
-        put_group(group, row, &words, high);
+        put_group(group, row, words, high);
     }
 }
 
@@ -231,7 +215,8 @@ fn reorder_q6_k(block: &[u8], row: usize, out: &mut [u8]) {
         let words: Words = std::array::from_fn(|t| word(low, t) >> (g % 4 / 2 * 4) & LOW_NIBBLES);
         let pairs: Words = std::array::from_fn(|t| word(high, t) >> (g % 4 * 2));
         for i in 0..2 {
-            let codes = std::array::from_fn(|t| (words[4 * i + t], pairs[4 * i + t]));
+            let codes =
+                std::array::from_fn(|t| words[4 * i + t] | (pairs[4 * i + t] & LOW_PAIRS) << 4);
             put_half_group(out, row, 2 * g + i, scales[2 * g + i], codes);
         }
     }
@@ -244,10 +229,7 @@ fn reorder_q3_k(block: &[u8], row: usize, out: &mut [u8]) {
     let words: [u32; SUPER / 4] = code_words(BlockType::Q3K, block);
     for (half, words) in words.chunks_exact(4).enumerate() {
         // A code plus 32, in each byte: none carries into the next.
-        let codes = std::array::from_fn(|t| {
-            let code = (words[t] ^ 0x8080_8080).wrapping_sub(0x6060_6060);
-            (code, code >> 4)
-        });
+        let codes = std::array::from_fn(|t| (words[t] ^ 0x8080_8080).wrapping_sub(0x6060_6060));
         put_half_group(out, row, half, q3_k_scale(&block[96..108], half) as u8, codes);
     }
 }
@@ -262,19 +244,18 @@ fn reorder_q2_k(block: &[u8], row: usize, out: &mut [u8]) {
         out[k::A + half * LANES + row] = *factors;
         // Four groups share 32 bytes.
         let (g, first) = (half / 2, half % 2 * 4);
-        let words: [u32; 4] =
-            std::array::from_fn(|t| word(&pairs[32 * (g / 4)..], first + t) >> (g % 4 * 2));
-        put_plane(&mut out[k::PAIRED + half * STEP..], row, words);
+        let pairs = &pairs[32 * (g / 4)..];
+        let step = (0..4).fold(0, |step, t| {
+            step | (word(pairs, first + t) >> (g % 4 * 2) & LOW_PAIRS) << (2 * t)
+        });
+        put_row(&mut out[k::PAIRED + half * STEP..], row, &[step]);
     }
 }
 
-/// Puts one row's scale and codes of a half of a group into a super-block of W6K. codes: their low
-/// nibbles, and the pairs of bits above.
-fn put_half_group(out: &mut [u8], row: usize, half: usize, scale: u8, codes: [(u32, u32); 4]) {
+/// Puts one row's scale and codes of a half of a group into a super-block of W6K.
+fn put_half_group(out: &mut [u8], row: usize, half: usize, scale: u8, codes: [u32; 4]) {
     out[k::A6 + half * LANES + row] = scale;
-    let (plane, nibbles) = out[k::SIGNED + half * k::HALF_BYTES..].split_at_mut(STEP);
-    put_nibbles(&mut nibbles[..k::HALF_BYTES - STEP], row, &codes.map(|(low, _)| low));
-    put_plane(plane, row, codes.map(|(_, high)| high));
+    put_row(&mut out[k::SIGNED + half * SIX_BITS_BYTES..], row, &join_six_bits(codes));
 }
 
 /// The codes of a block as signed bytes, four columns a word.

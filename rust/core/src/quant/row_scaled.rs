@@ -18,16 +18,15 @@
 //! zero, where most weights are.
 //!
 //! [`W5R`], 5.25 bits: weight = unit (factor (code - 16)) with codes of five bits in the order of
-//! W5K; a block is 1344 bytes.
+//! [`super::codes`]; a block is 1344 bytes.
 //!
 //! The sums of a product are multiplied with the units once, when a panel has been read.
 
-use super::k::{FIVE_BITS, NIBBLES, add_five_bits, five_bit_code, put_five_bits, unpack_five_bits};
-use super::search::{self, Codes, Entries, Integers, Table};
-use super::w4::{nibble, put_nibbles};
+use super::codes::{self, FIVE_BITS_BYTES, FiveBits, NIBBLES_BYTES, Nibbles, Tabled, nibble};
+use super::search::{self, Entries, Integers, Numbers, Table};
 use super::w4_nl;
 use super::{GROUP, GROUP_STEPS, Group, Layout, Packed, Rows, UnpackedGroup};
-use crate::simd::{Isa, Kernel, LANES, unpack};
+use crate::simd::{Codes, Isa, Kernel, LANES, unpack};
 use std::marker::PhantomData;
 
 /// Bytes of the units at the start of a panel.
@@ -38,11 +37,11 @@ pub const BLOCK_COLS: usize = GROUPS * GROUP;
 /// Bytes of the factors at the start of a block.
 const FACTOR_BYTES: usize = GROUPS * LANES;
 
-const W4R_BYTES: usize = FACTOR_BYTES + GROUPS * NIBBLES;
-const W5R_BYTES: usize = FACTOR_BYTES + GROUPS * FIVE_BITS;
+const W4R_BYTES: usize = FACTOR_BYTES + GROUPS * NIBBLES_BYTES;
+const W5R_BYTES: usize = FACTOR_BYTES + GROUPS * FIVE_BITS_BYTES;
 
 pub type W4R = RowScaled<Fours, W4R_BYTES>;
-pub type W4NlR = RowScaled<Tabled, W4R_BYTES>;
+pub type W4NlR = RowScaled<Places, W4R_BYTES>;
 pub type W5R = RowScaled<Fives, W5R_BYTES>;
 
 /// N: bytes of a block.
@@ -52,21 +51,11 @@ pub struct RowScaled<C, const N: usize>(PhantomData<C>);
 trait GroupCodes {
     /// Bytes of the codes of a group.
     const BYTES: usize;
-    /// Bits of a code, unpacked.
-    const BITS: u32;
-    type Numbers: Codes;
+    type Codes<'a>: Codes<GROUP_STEPS>;
+    type Numbers: Numbers;
 
-    /// acc += scales times the products of a group's codes with M tokens.
-    fn add<S: Isa, const M: usize>(
-        s: S,
-        codes: &[u8],
-        scales: S::F,
-        x: Group<'_, M>,
-        acc: &mut [S::F; M],
-    );
-
-    /// The codes of a group, a vector for each four columns.
-    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS];
+    /// As the kernels see them.
+    fn codes(bytes: &[u8]) -> Self::Codes<'_>;
 
     /// What a code stands for.
     fn number(codes: &[u8], row: usize, col: usize) -> f32;
@@ -85,29 +74,17 @@ pub const TABLE: [i8; 16] = [-32, -27, -21, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13
 const BYTES: [u8; 16] = w4_nl::bytes(&TABLE, 32);
 
 pub struct Fours;
-pub struct Tabled;
+pub struct Places;
 pub struct Fives;
 
 impl GroupCodes for Fours {
-    const BYTES: usize = NIBBLES;
-    const BITS: u32 = 4;
+    const BYTES: usize = NIBBLES_BYTES;
+    type Codes<'a> = Nibbles<'a>;
     type Numbers = Integers<-8, 7>;
 
     #[inline(always)]
-    fn add<S: Isa, const M: usize>(
-        s: S,
-        codes: &[u8],
-        scales: S::F,
-        x: Group<'_, M>,
-        acc: &mut [S::F; M],
-    ) {
-        let codes = codes.as_chunks().0.first_chunk().expect("four steps");
-        s.add_nibbles_group(codes, x.codes, x.starts_at_8(), (scales, x.scales), acc);
-    }
-
-    #[inline(always)]
-    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS] {
-        unpack::nibbles(s, codes.as_chunks().0.first_chunk().expect("four steps"))
+    fn codes(bytes: &[u8]) -> Nibbles<'_> {
+        Nibbles(bytes.as_chunks().0.first_chunk().expect("four steps"))
     }
 
     fn number(codes: &[u8], row: usize, col: usize) -> f32 {
@@ -119,35 +96,22 @@ impl GroupCodes for Fours {
     }
 
     fn put(codes: &[[u8; LANES]; GROUP], out: &mut [u8]) {
-        put_nibbles(codes, out.as_chunks_mut().0);
+        codes::put(codes, out, codes::join_nibbles);
     }
 }
 
-impl Entries for Tabled {
+impl Entries for Places {
     const TABLE: [i8; 16] = TABLE;
 }
 
-impl GroupCodes for Tabled {
-    const BYTES: usize = NIBBLES;
-    const BITS: u32 = 6;
-    type Numbers = Table<Tabled>;
+impl GroupCodes for Places {
+    const BYTES: usize = NIBBLES_BYTES;
+    type Codes<'a> = Tabled<'a, 6>;
+    type Numbers = Table<Places>;
 
     #[inline(always)]
-    fn add<S: Isa, const M: usize>(
-        s: S,
-        codes: &[u8],
-        scales: S::F,
-        x: Group<'_, M>,
-        acc: &mut [S::F; M],
-    ) {
-        let codes = codes.as_chunks().0.first_chunk().expect("four steps");
-        let starts = x.starts_at_32();
-        s.add_tabled_group(&BYTES, codes, x.codes, starts, (scales, x.scales), acc);
-    }
-
-    #[inline(always)]
-    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS] {
-        unpack::tabled(s, &BYTES, codes.as_chunks().0.first_chunk().expect("four steps"))
+    fn codes(bytes: &[u8]) -> Tabled<'_, 6> {
+        Tabled { table: &BYTES, places: Fours::codes(bytes) }
     }
 
     fn number(codes: &[u8], row: usize, col: usize) -> f32 {
@@ -155,38 +119,26 @@ impl GroupCodes for Tabled {
     }
 
     fn code(number: f32) -> u8 {
-        Tabled::place(number)
+        Places::place(number)
     }
 
     fn put(codes: &[[u8; LANES]; GROUP], out: &mut [u8]) {
-        put_nibbles(codes, out.as_chunks_mut().0);
+        Fours::put(codes, out);
     }
 }
 
 impl GroupCodes for Fives {
-    const BYTES: usize = FIVE_BITS;
-    const BITS: u32 = 5;
+    const BYTES: usize = FIVE_BITS_BYTES;
+    type Codes<'a> = FiveBits<'a>;
     type Numbers = Integers<-16, 15>;
 
     #[inline(always)]
-    fn add<S: Isa, const M: usize>(
-        s: S,
-        codes: &[u8],
-        scales: S::F,
-        x: Group<'_, M>,
-        acc: &mut [S::F; M],
-    ) {
-        let codes = codes.first_chunk().expect("the codes of a group");
-        add_five_bits(s, codes, x.starts_at_16(), scales, x, acc);
-    }
-
-    #[inline(always)]
-    fn unpack<S: Isa>(s: S, codes: &[u8]) -> [S::B; GROUP_STEPS] {
-        unpack_five_bits(s, codes.first_chunk().expect("the codes of a group"))
+    fn codes(bytes: &[u8]) -> FiveBits<'_> {
+        FiveBits(bytes.as_chunks().0.first_chunk().expect("five steps"))
     }
 
     fn number(codes: &[u8], row: usize, col: usize) -> f32 {
-        f32::from(five_bit_code(codes, row, col)) - 16.0
+        f32::from(codes::five_bits(codes, row, col)) - 16.0
     }
 
     fn code(number: f32) -> u8 {
@@ -194,7 +146,7 @@ impl GroupCodes for Fives {
     }
 
     fn put(codes: &[[u8; LANES]; GROUP], out: &mut [u8]) {
-        put_five_bits(codes, out);
+        codes::put(codes, out, codes::join_five_bits);
     }
 }
 
@@ -208,7 +160,7 @@ impl<C: GroupCodes, const N: usize> Packed for RowScaled<C, N> {
     type Block = [u8; N];
     const GROUPS: usize = GROUPS;
     const HEAD_BYTES: usize = UNIT_BYTES;
-    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: C::BITS });
+    const LAYOUT: Option<Layout> = Some(Layout::Scaled { bits: <C::Codes<'static>>::BITS });
 
     #[inline(always)]
     fn blocks(panel: &[u8]) -> &[Self::Block] {
@@ -227,8 +179,9 @@ impl<C: GroupCodes, const N: usize> Packed for RowScaled<C, N> {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let codes = &block[FACTOR_BYTES + g * C::BYTES..][..C::BYTES];
-        C::add(s, codes, factors(s, block, g), x, acc);
+        let codes = C::codes(&block[FACTOR_BYTES + g * C::BYTES..][..C::BYTES]);
+        let starts = x.starts_at_zero_of(<C::Codes<'static>>::BITS);
+        s.add_dots(codes, x.codes, starts, (factors(s, block, g), x.scales), acc);
     }
 
     #[inline(always)]
@@ -241,8 +194,8 @@ impl<C: GroupCodes, const N: usize> Packed for RowScaled<C, N> {
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let codes = &block[FACTOR_BYTES + g * C::BYTES..][..C::BYTES];
-        out.put(s, C::unpack(s, codes), [factors(s, block, g)]);
+        let codes = C::codes(&block[FACTOR_BYTES + g * C::BYTES..][..C::BYTES]);
+        out.put(s, unpack(s, codes), [factors(s, block, g)]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
@@ -337,15 +290,14 @@ mod tests {
                     let (g, at) = (col % 128 / 32, col % 32);
                     let factor = block[16 * g + row] as i8;
                     let codes = &block[64 + (size - 64) / 4 * g..];
-                    let steps = if format == Format::W5R { &codes[64..] } else { codes };
-                    let byte = steps[at / 8 * 64 + 4 * row + at % 4];
-                    let low = byte >> (at % 8 / 4 * 4) & 15;
-                    let number = match format {
-                        Format::W4R => f32::from(low) - 8.0,
-                        Format::W4NlR => f32::from(TABLE[usize::from(low)]),
-                        _ => {
-                            let high = codes[4 * row + at % 4] >> (at / 4) & 1;
-                            f32::from(low + 16 * high) - 16.0
+                    let number = if format == Format::W5R {
+                        f32::from(codes::five_bits(codes, row, at)) - 16.0
+                    } else {
+                        let byte = codes[at / 8 * 64 + 4 * row + at % 4];
+                        let code = byte >> (at % 8 / 4 * 4) & 15;
+                        match format {
+                            Format::W4R => f32::from(code) - 8.0,
+                            _ => f32::from(TABLE[usize::from(code)]),
                         }
                     };
                     assert_eq!(*got, unit * (f32::from(factor) * number), "{format:?} {row} {col}");

@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 const CANDIDATES: i32 = 9;
 
 /// Numbers that codes stand for.
-pub trait Codes {
+pub trait Numbers {
     /// What the extreme weight of a group becomes, in the first candidate.
     const EXTREME: f32;
     /// How far the candidates are apart, as a part of `EXTREME`.
@@ -30,7 +30,7 @@ pub trait Codes {
 /// the range is used.
 pub struct Integers<const MIN: i32, const MAX: i32>;
 
-impl<const MIN: i32, const MAX: i32> Codes for Integers<MIN, MAX> {
+impl<const MIN: i32, const MAX: i32> Numbers for Integers<MIN, MAX> {
     const EXTREME: f32 = MIN as f32;
     const STEP: f32 = 0.1 / 8.0;
 
@@ -54,7 +54,7 @@ pub trait Entries {
     }
 }
 
-impl<T: Entries> Codes for Table<T> {
+impl<T: Entries> Numbers for Table<T> {
     const EXTREME: f32 = T::TABLE[0] as f32;
     const STEP: f32 = 0.1 / 8.0;
 
@@ -73,7 +73,7 @@ impl<T: Entries> Codes for Table<T> {
 ///
 /// w: the columns of the groups, a vector each; importance: one number for each.
 #[inline(always)]
-pub fn scale<S: Isa, C: Codes>(s: S, w: &[[f32; LANES]], importance: &[f32]) -> S::F {
+pub fn scale<S: Isa, C: Numbers>(s: S, w: &[[f32; LANES]], importance: &[f32]) -> S::F {
     let (zero, one) = (s.splat(0.0), s.splat(1.0));
     let mut extreme = zero;
     for w in w {

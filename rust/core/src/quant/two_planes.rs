@@ -17,14 +17,14 @@
 //!
 //!     2 x 64 B   codes of a group, row r at bytes 4r..4r+4: bit t of byte i is column 4t + i
 
+use super::codes::{self, BytesInPlanes, FiveBitsInPlanes, NIBBLES_BYTES, Nibbles, nibble};
 use super::search::Integers;
-use super::w4::{self, SCALE_BYTES, nibble, put_nibbles};
+use super::w4::{self, SCALE_BYTES};
 use super::w8::W8;
 use super::{
-    BLOCK, Format, GROUP, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, add_scaled,
-    with_planes,
+    BLOCK, Format, GROUP, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, with_planes,
 };
-use crate::simd::{Isa, Kernel, LANES, each_token, unpack};
+use crate::simd::{Codes, Isa, Kernel, LANES};
 use std::ops::Range;
 
 /// Bytes of a block of the high plane.
@@ -40,18 +40,23 @@ pub trait InPlanes {
     const BITS: u32 = 4 + Self::LOW_BITS as u32;
     /// Bytes of a block of the low plane.
     const LOW_BYTES: usize = PANEL_ROWS * BLOCK * Self::LOW_BITS / 8;
+    type Codes<'a>: Codes<GROUP_STEPS>;
+
+    /// The codes of group `g` of a block.
+    fn codes<'a>(block: (&'a High, &'a [u8]), g: usize) -> Self::Codes<'a>;
 
     /// Adds the products of group `g` of a block with M tokens, as [`Packed::add`].
+    #[inline(always)]
     fn add<S: Isa, const M: usize>(
         s: S,
         block: (&High, &[u8]),
         g: usize,
         x: Group<'_, M>,
         acc: &mut [S::F; M],
-    );
-
-    /// The codes of group `g` of a block, a vector for each four columns.
-    fn unpack<S: Isa>(s: S, block: (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS];
+    ) {
+        let scales = (w4::scales(s, block.0, g), x.scales);
+        s.add_dots(Self::codes(block, g), x.codes, x.starts_at_zero_of(Self::BITS), scales, acc);
+    }
 
     /// The low bits of a code.
     fn low(block: &[u8], row: usize, col: usize) -> u8;
@@ -62,36 +67,13 @@ pub struct W5Planes;
 
 impl InPlanes for W8Planes {
     const LOW_BITS: usize = 4;
+    type Codes<'a> = BytesInPlanes<'a>;
 
     #[inline(always)]
-    fn add<S: Isa, const M: usize>(
-        s: S,
-        (high, low): (&High, &[u8]),
-        g: usize,
-        x: Group<'_, M>,
-        acc: &mut [S::F; M],
-    ) {
-        let scales = w4::scales(s, high, g);
-        let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let (low, _) = low.as_chunks().0.as_chunks();
-        let dots = s.dot_planes_group(&high[g], &low[g], x.codes, x.starts_at_128());
-        add_scaled(s, dots, (scales, x.scales), acc);
+    fn codes<'a>((high, low): (&'a High, &'a [u8]), g: usize) -> BytesInPlanes<'a> {
+        let low = Nibbles(&low.as_chunks().0.as_chunks().0[g]);
+        BytesInPlanes { high: w4::nibbles(high, g), low }
     }
-
-    #[inline(always)]
-    fn unpack<S: Isa>(s: S, (high, low): (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS] {
-        let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let (low, _) = low.as_chunks().0.as_chunks();
-        unpack::planes(s, &high[g], &low[g])
-    }
-
-    fn low(block: &[u8], row: usize, col: usize) -> u8 {
-        nibble(block, row, col)
-    }
-}
-
-impl InPlanes for W5Planes {
-    const LOW_BITS: usize = 1;
 
     #[inline(always)]
     fn add<S: Isa, const M: usize>(
@@ -101,17 +83,32 @@ impl InPlanes for W5Planes {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
+        let codes = Self::codes(block, g);
         let scales = w4::scales(s, block.0, g);
-        let codes = Self::unpack(s, block, g);
-        let starts = x.starts_at_16();
-        let dots = each_token::dots::<S, 5, 8, M, M>(s, |t| codes[t], x.codes, starts, 0);
-        add_scaled(s, dots, (scales, x.scales), acc);
+        if !S::WIDENS_BYTES {
+            return s.add_dots(codes, x.codes, x.starts_at_128(), (scales, x.scales), acc);
+        }
+        let high = s.dots(codes.high, x.codes, &[0; M]);
+        let low = s.dots(codes.low, x.codes, x.starts_at_128());
+        for m in 0..M {
+            // Exact: an integer below 2^24.
+            let dot = s.fma(s.to_f32(high[m]), s.splat(16.0), s.to_f32(low[m]));
+            acc[m] = s.fma(dot, s.mul(scales, s.splat(x.scales[m])), acc[m]);
+        }
     }
 
+    fn low(block: &[u8], row: usize, col: usize) -> u8 {
+        nibble(block, row, col)
+    }
+}
+
+impl InPlanes for W5Planes {
+    const LOW_BITS: usize = 1;
+    type Codes<'a> = FiveBitsInPlanes<'a>;
+
     #[inline(always)]
-    fn unpack<S: Isa>(s: S, (high, low): (&High, &[u8]), g: usize) -> [S::B; GROUP_STEPS] {
-        let (high, _) = high[SCALE_BYTES..].as_chunks().0.as_chunks();
-        unpack::five_bits_of_planes(s, &high[g], &low.as_chunks().0[g])
+    fn codes<'a>((high, low): (&'a High, &'a [u8]), g: usize) -> FiveBitsInPlanes<'a> {
+        FiveBitsInPlanes { high: w4::nibbles(high, g), low: &low.as_chunks().0[g] }
     }
 
     fn low(block: &[u8], row: usize, col: usize) -> u8 {
@@ -209,9 +206,9 @@ impl Kernel for EncodeFiveBits<'_> {
                 let code = |q: f32| (q as i32 + 16) as u8;
                 let codes =
                     w4::encode_group::<S, Integers<-16, 15>>(s, g, &w, &weights, high, code);
-                let steps = high[SCALE_BYTES..].as_chunks_mut().0;
                 let nibbles = codes.map(|codes| codes.map(|code| code >> 1));
-                put_nibbles(&nibbles, &mut steps[g * GROUP_STEPS / 2..]);
+                let high = &mut high[SCALE_BYTES + g * NIBBLES_BYTES..];
+                codes::put(&nibbles, high, codes::join_nibbles);
                 for (col, codes) in codes.iter().enumerate() {
                     for (row, code) in codes.iter().enumerate() {
                         plane[4 * row + col % 4] |= (code & 1) << (col / 4);

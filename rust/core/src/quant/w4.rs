@@ -9,15 +9,16 @@
 //! weight = scale (code - 8). The scale may be negative: the extreme value of a group takes
 //! code 0, so that the larger half of the code range is used.
 
-use super::search::{self, Codes, Integers};
-use super::{Encode, GROUP, GROUP_STEPS, Group, Layout, Packed, STEP, UnpackedGroup};
+use super::codes::{self, NIBBLES_BYTES, Nibbles, nibble};
+use super::search::{self, Integers, Numbers};
+use super::{Encode, GROUP, Group, Layout, Packed, UnpackedGroup};
 use crate::simd::{Isa, LANES, unpack};
 use half::f16;
 
 /// Bytes of the scales at the start of a block.
 pub const SCALE_BYTES: usize = 4 * LANES;
 /// Bytes of a block.
-pub const BLOCK_BYTES: usize = SCALE_BYTES + 8 * STEP;
+pub const BLOCK_BYTES: usize = SCALE_BYTES + 2 * NIBBLES_BYTES;
 const ZERO: i32 = 8;
 
 pub struct W4;
@@ -44,15 +45,13 @@ impl Packed for W4 {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let scales = scales(s, block, g);
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        s.add_nibbles_group(&codes[g], x.codes, x.starts_at_8(), (scales, x.scales), acc);
+        let scales = (scales(s, block, g), x.scales);
+        s.add_dots(nibbles(block, g), x.codes, x.starts_at_8(), scales, acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        out.put(s, unpack::nibbles(s, &codes[g]), [scales(s, block, g)]);
+        out.put(s, unpack(s, nibbles(block, g)), [scales(s, block, g)]);
     }
 
     #[inline]
@@ -60,6 +59,12 @@ impl Packed for W4 {
         let code = i32::from(nibble(&block[SCALE_BYTES..], row, col));
         scale(block, row, col) * (code - ZERO) as f32
     }
+}
+
+/// The codes of group `g` (0 or 1) of a block.
+#[inline(always)]
+pub(super) fn nibbles(block: &[u8; BLOCK_BYTES], g: usize) -> Nibbles<'_> {
+    Nibbles(&block[SCALE_BYTES..].as_chunks().0.as_chunks().0[g])
 }
 
 /// The scales of group `g` (0 or 1) of a block that starts with them, a row a lane.
@@ -82,15 +87,7 @@ pub fn dots<S: Isa, const M: usize>(
     g: usize,
     x: Group<'_, M>,
 ) -> [S::I; M] {
-    let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-    s.dot_nibbles_group(&codes[g], x.codes, x.starts_at_8())
-}
-
-/// A code, or its low four bits, among those of some columns.
-#[inline]
-pub(super) fn nibble(codes: &[u8], row: usize, col: usize) -> u8 {
-    let byte = codes[col / 8 * STEP + 4 * row + col % 4];
-    if col % 8 < 4 { byte & 15 } else { byte >> 4 }
+    s.dots(nibbles(block, g), x.codes, x.starts_at_8())
 }
 
 impl Encode for W4 {
@@ -102,7 +99,7 @@ impl Encode for W4 {
 
 /// Quantises a block with one scale for each group. code: of a number.
 #[inline(always)]
-pub(super) fn encode_groups<S: Isa, C: Codes>(
+pub(super) fn encode_groups<S: Isa, C: Numbers>(
     s: S,
     w: &[[f32; LANES]],
     importance: &[f32],
@@ -111,14 +108,13 @@ pub(super) fn encode_groups<S: Isa, C: Codes>(
 ) {
     for g in 0..2 {
         let codes = encode_group::<S, C>(s, g, w, importance, block, &code);
-        let (steps, _) = block[SCALE_BYTES..].as_chunks_mut::<STEP>();
-        put_nibbles(&codes, &mut steps[g * GROUP_STEPS / 2..]);
+        codes::put(&codes, &mut block[SCALE_BYTES + g * NIBBLES_BYTES..], codes::join_nibbles);
     }
 }
 
 /// Codes of group `g` of a block, which gets the scale among those that it starts with.
 #[inline(always)]
-pub(super) fn encode_group<S: Isa, C: Codes>(
+pub(super) fn encode_group<S: Isa, C: Numbers>(
     s: S,
     g: usize,
     w: &[[f32; LANES]],
@@ -139,16 +135,4 @@ pub(super) fn encode_group<S: Isa, C: Codes>(
         *codes = numbers.map(&code);
     }
     codes
-}
-
-/// Puts the low four bits of a group's codes into steps of two nibbles.
-#[inline(always)]
-pub(super) fn put_nibbles(codes: &[[u8; LANES]; GROUP], steps: &mut [[u8; STEP]]) {
-    for (step, codes) in steps.iter_mut().zip(codes.as_chunks::<8>().0) {
-        for r in 0..LANES {
-            for i in 0..4 {
-                step[4 * r + i] = codes[i][r] & 15 | codes[4 + i][r] << 4;
-            }
-        }
-    }
 }

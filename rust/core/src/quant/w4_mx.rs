@@ -10,8 +10,9 @@
 //! weight = 2^(exponent - 128) TABLE[code]. Exponents are up to 252, the last with which all
 //! weights are finite.
 
-use super::w4::{SCALE_BYTES, W4, nibble};
-use super::{GROUP, Group, Layout, Packed, UnpackedGroup, add_scaled, w4_nl};
+use super::codes::{Tabled, nibble};
+use super::w4::{SCALE_BYTES, W4};
+use super::{GROUP, Group, Layout, Packed, UnpackedGroup, w4, w4_nl};
 use crate::simd::{Isa, LANES, unpack};
 
 /// Twice the values of the codes, as the Microscaling specification (OCP, 2023) defines E2M1.
@@ -32,6 +33,12 @@ fn scales<S: Isa>(s: S, block: &[u8], g: usize) -> S::F {
     // In two steps, for the smallest scales are below the normal numbers that `exp2i` makes.
     let scales = s.exp2i(s.add_i32(exponents, s.splat_i32(-126)));
     s.mul(scales, s.splat(0.25))
+}
+
+/// The codes of group `g` (0 or 1) of a block.
+#[inline(always)]
+fn tabled(block: &[u8; w4::BLOCK_BYTES], g: usize) -> Tabled<'_, 8> {
+    Tabled { table: &BYTES, places: w4::nibbles(block, g) }
 }
 
 impl Packed for W4Mx {
@@ -56,16 +63,13 @@ impl Packed for W4Mx {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let dots = w4_nl::dots(s, &BYTES, &codes[g], x);
-        add_scaled(s, dots, (scales(s, block, g), x.scales), acc);
+        let scales = (scales(s, block, g), x.scales);
+        s.add_dots(tabled(block, g), x.codes, x.starts_at_128(), scales, acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let codes = unpack::tabled(s, &BYTES, &codes[g]);
-        out.put(s, codes, [scales(s, block, g)]);
+        out.put(s, unpack(s, tabled(block, g)), [scales(s, block, g)]);
     }
 
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {

@@ -4,15 +4,16 @@
 //! A block is laid out as one of [`super::w4`]; weight = scale TABLE[code]. The table is finer
 //! around zero, where most weights are.
 
+use super::codes::{Nibbles, Tabled, nibble};
 use super::search::{Entries, Table};
 use super::w4::{self, SCALE_BYTES, W4};
-use super::{Encode, GROUP_STEPS, Group, Layout, Packed, STEP, UnpackedGroup, add_scaled};
+use super::{Encode, Group, Layout, Packed, UnpackedGroup};
 use crate::simd::{Isa, LANES, unpack};
 
 /// The values of the codes, as ggml defines them for IQ4_NL.
 pub const TABLE: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
-pub(super) const BYTES: [u8; 16] = bytes(&TABLE, 128);
+const BYTES: [u8; 16] = bytes(&TABLE, 128);
 
 /// A table as codes of a byte, which stand for themselves less `zero`.
 pub(super) const fn bytes(table: &[i8; 16], zero: i16) -> [u8; 16] {
@@ -23,6 +24,12 @@ pub(super) const fn bytes(table: &[i8; 16], zero: i16) -> [u8; 16] {
         i += 1;
     }
     bytes
+}
+
+/// Codes of a byte at their places in [`TABLE`].
+#[inline(always)]
+pub(super) fn tabled(places: Nibbles<'_>) -> Tabled<'_, 8> {
+    Tabled { table: &BYTES, places }
 }
 
 pub struct W4Nl;
@@ -49,48 +56,21 @@ impl Packed for W4Nl {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let dots = dots(s, &BYTES, &codes[g], x);
-        add_scaled(s, dots, (w4::scales(s, block, g), x.scales), acc);
+        let scales = (w4::scales(s, block, g), x.scales);
+        s.add_dots(tabled(w4::nibbles(block, g)), x.codes, x.starts_at_128(), scales, acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let codes = unpack::tabled(s, &BYTES, &codes[g]);
+        let codes = unpack(s, tabled(w4::nibbles(block, g)));
         out.put(s, codes, [w4::scales(s, block, g)]);
     }
 
     #[inline]
     fn decode(block: &Self::Block, row: usize, col: usize) -> f32 {
-        let code = usize::from(w4::nibble(&block[SCALE_BYTES..], row, col));
+        let code = usize::from(nibble(&block[SCALE_BYTES..], row, col));
         w4::scale(block, row, col) * f32::from(TABLE[code])
     }
-}
-
-/// Exact integer dot products of a group, whose codes are places in a table in the order of W4,
-/// with M tokens. table: as of [`bytes`] with a zero of 128.
-#[inline(always)]
-pub(super) fn dots<S: Isa, const M: usize>(
-    s: S,
-    table: &[u8; 16],
-    codes: &[[u8; STEP]; GROUP_STEPS / 2],
-    x: Group<'_, M>,
-) -> [S::I; M] {
-    let mut dots = [s.splat_i32(0); M];
-    for m in 0..M {
-        dots[m] = s.start_bytes(x.starts_at_128()[m]);
-    }
-    for t in 0..GROUP_STEPS / 2 {
-        let w = s.load_bytes(&codes[t]);
-        let low = s.lookup(table, s.low_nibbles(w));
-        let high = s.lookup(table, s.high_nibbles(w));
-        for m in 0..M {
-            dots[m] = s.dot_bytes(dots[m], low, s.splat_bytes(x.codes[2 * t][m]));
-            dots[m] = s.dot_bytes(dots[m], high, s.splat_bytes(x.codes[2 * t + 1][m]));
-        }
-    }
-    dots
 }
 
 impl Entries for W4Nl {

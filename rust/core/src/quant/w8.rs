@@ -7,11 +7,10 @@
 //!
 //! weight = scale (code - 128). Codes that are encoded here are 1..=255; those of Q8_0 files may be 0.
 
+use super::codes::WholeBytes;
 use super::search::{self, Integers};
 use super::w4::{SCALE_BYTES, scale, scales};
-use super::{
-    BLOCK_STEPS, Encode, GROUP, GROUP_STEPS, Group, Layout, Packed, UnpackedGroup, add_scaled,
-};
+use super::{BLOCK_STEPS, Encode, GROUP, GROUP_STEPS, Group, Layout, Packed, UnpackedGroup};
 use crate::simd::{Isa, LANES, unpack};
 
 /// Bytes of a block.
@@ -20,6 +19,12 @@ const ZERO: i32 = 128;
 const LARGEST: f32 = 127.0;
 
 pub struct W8;
+
+/// The codes of group `g` (0 or 1) of a block.
+#[inline(always)]
+fn bytes(block: &[u8; BLOCK_BYTES], g: usize) -> WholeBytes<'_> {
+    WholeBytes(&block[SCALE_BYTES..].as_chunks().0.as_chunks().0[g])
+}
 
 impl Packed for W8 {
     type Block = [u8; BLOCK_BYTES];
@@ -43,16 +48,13 @@ impl Packed for W8 {
         x: Group<'_, M>,
         acc: &mut [S::F; M],
     ) {
-        let scales = scales(s, block, g);
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        let dots = s.dot_bytes_group(&codes[g], x.codes, x.starts_at_128());
-        add_scaled(s, dots, (scales, x.scales), acc);
+        let scales = (scales(s, block, g), x.scales);
+        s.add_dots(bytes(block, g), x.codes, x.starts_at_128(), scales, acc);
     }
 
     #[inline(always)]
     fn unpack<S: Isa>(s: S, block: &Self::Block, g: usize, out: UnpackedGroup<'_>) {
-        let (codes, _) = block[SCALE_BYTES..].as_chunks().0.as_chunks();
-        out.put(s, unpack::bytes(s, &codes[g]), [scales(s, block, g)]);
+        out.put(s, unpack(s, bytes(block, g)), [scales(s, block, g)]);
     }
 
     #[inline]

@@ -5,7 +5,7 @@
 //! eight steps; up to 31 for four steps, up to 63 for two. Codes of a byte are widened at once, as |w| and x
 //! with the sign of w.
 
-use super::{Isa, Kernel, LANES, StackLine, add_scaled, add_scaled_of, each_token};
+use super::{Bytes, Codes, Isa, Kernel, LANES, StackLine, add_scaled, add_scaled_of, each_token};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
@@ -59,6 +59,11 @@ macro_rules! both {
     };
 }
 
+/// Products of pairs of codes whose sum 16 bits hold: 127 (2^bits - 1) 2 run < 2^15.
+const fn run(bits: u32) -> usize {
+    1 << (7 - bits)
+}
+
 /// The first or the second eight rows of a vector of codes.
 #[inline(always)]
 fn eight_rows(codes: &[u8; 4 * LANES], half: usize) -> __m256i {
@@ -79,43 +84,9 @@ impl<const VNNI: bool> Avx2<VNNI> {
         }
     }
 
-    /// `low_nibbles` and `high_nibbles` of eight rows.
+    /// Dot products of eight rows with token `m`, whose codes stay in registers while the tokens pass.
     #[inline(always)]
-    fn nibbles_of_eight(self, w: __m256i) -> [__m256i; 2] {
-        let mask = op!(_mm256_set1_epi8(15));
-        op!([_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask)])
-    }
-
-    /// `lookup` of eight rows.
-    #[inline(always)]
-    fn lookup_eight(self, table: &[u8; 16], nibbles: __m256i) -> __m256i {
-        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
-        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
-        op!(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles))
-    }
-
-    /// `insert_bits` of eight rows.
-    #[inline(always)]
-    fn insert_in_eight<const SHIFT: i32, const MASK: u8>(
-        self,
-        low: __m256i,
-        plane: __m256i,
-    ) -> __m256i {
-        op!({
-            let count = _mm_cvtsi32_si128(SHIFT.abs());
-            let shifted = if SHIFT < 0 {
-                _mm256_srl_epi16(plane, count)
-            } else {
-                _mm256_sll_epi16(plane, count)
-            };
-            _mm256_or_si256(low, _mm256_and_si256(shifted, _mm256_set1_epi8(MASK as i8)))
-        })
-    }
-
-    /// Dot products of eight rows with token `m`. The codes of N steps stay in registers while the tokens
-    /// pass, and 16 bits hold `RUN` of their products of pairs.
-    #[inline(always)]
-    fn dots_of_eight<const N: usize, const RUN: usize, const M: usize>(
+    fn dots_of_eight<C: Codes<N>, const N: usize, const M: usize>(
         self,
         codes: [__m256i; N],
         x: &[[[i8; 4]; M]; N],
@@ -123,14 +94,13 @@ impl<const VNNI: bool> Avx2<VNNI> {
         m: usize,
     ) -> __m256i {
         let mut sum = op!(_mm256_set1_epi32(start));
-        let mut t = 0;
-        while t < N {
-            let mut pairs = op!(_mm256_maddubs_epi16(codes[t], self.splat_bytes(x[t][m])));
-            for t in t + 1..t + RUN {
-                pairs = self.add_nibbles(pairs, codes[t], self.splat_bytes(x[t][m]));
+        for first in (0..N).step_by(run(C::BITS)) {
+            let x = |t: usize| self.splat_bytes(x[t][m]);
+            let mut pairs = op!(_mm256_maddubs_epi16(codes[first], x(first)));
+            for t in first + 1..N.min(first + run(C::BITS)) {
+                pairs = self.add_nibbles(pairs, codes[t], x(t));
             }
             sum = op!(_mm256_add_epi32(sum, self.pairs_of_nibbles(pairs)));
-            t += RUN;
         }
         sum
     }
@@ -144,20 +114,95 @@ impl<const VNNI: bool> Avx2<VNNI> {
         })
     }
 
-    /// The codes of a group of nibbles, a step each, of eight rows.
-    #[inline(always)]
-    fn steps_of_eight(self, codes: &[[u8; 4 * LANES]; 4], half: usize) -> [__m256i; 8] {
-        let mut w = [op!(_mm256_setzero_si256()); 8];
-        for t in 0..4 {
-            [w[2 * t], w[2 * t + 1]] = self.nibbles_of_eight(eight_rows(&codes[t], half));
-        }
-        w
-    }
-
     /// The running sums of eight rows as i32.
     #[inline(always)]
     fn pairs_of_nibbles(self, acc: __m256i) -> __m256i {
         if VNNI { acc } else { op!(_mm256_madd_epi16(acc, _mm256_set1_epi16(1))) }
+    }
+}
+
+/// Eight rows.
+impl<const VNNI: bool> Bytes<__m256i> for Avx2<VNNI> {
+    #[inline(always)]
+    fn low_nibbles(self, b: __m256i) -> __m256i {
+        self.take_bits::<0, 0x0f>(b)
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: __m256i) -> __m256i {
+        self.take_bits::<-4, 0x0f>(b)
+    }
+    #[inline(always)]
+    fn join_low_nibbles(self, high: __m256i, low: __m256i) -> __m256i {
+        self.insert_bits::<4, 0xf0>(self.low_nibbles(low), high)
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: __m256i, low: __m256i) -> __m256i {
+        self.insert_bits::<0, 0xf0>(self.high_nibbles(low), high)
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: __m256i) -> __m256i {
+        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        op!(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles))
+    }
+    #[inline(always)]
+    fn take_bits<const SHIFT: i32, const MASK: u8>(self, plane: __m256i) -> __m256i {
+        op!({
+            let count = _mm_cvtsi32_si128(SHIFT.abs());
+            let shifted = if SHIFT < 0 {
+                _mm256_srl_epi16(plane, count)
+            } else {
+                _mm256_sll_epi16(plane, count)
+            };
+            _mm256_and_si256(shifted, _mm256_set1_epi8(MASK as i8))
+        })
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: __m256i,
+        plane: __m256i,
+    ) -> __m256i {
+        op!(_mm256_or_si256(low, self.take_bits::<SHIFT, MASK>(plane)))
+    }
+}
+
+/// Sixteen rows: the same twice.
+impl<const VNNI: bool> Bytes<[__m256i; 2]> for Avx2<VNNI> {
+    #[inline(always)]
+    fn low_nibbles(self, b: [__m256i; 2]) -> [__m256i; 2] {
+        [self.low_nibbles(b[0]), self.low_nibbles(b[1])]
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: [__m256i; 2]) -> [__m256i; 2] {
+        [self.high_nibbles(b[0]), self.high_nibbles(b[1])]
+    }
+    #[inline(always)]
+    fn join_low_nibbles(self, high: [__m256i; 2], low: [__m256i; 2]) -> [__m256i; 2] {
+        [self.join_low_nibbles(high[0], low[0]), self.join_low_nibbles(high[1], low[1])]
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: [__m256i; 2], low: [__m256i; 2]) -> [__m256i; 2] {
+        [self.join_high_nibbles(high[0], low[0]), self.join_high_nibbles(high[1], low[1])]
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: [__m256i; 2]) -> [__m256i; 2] {
+        [self.lookup(table, nibbles[0]), self.lookup(table, nibbles[1])]
+    }
+    #[inline(always)]
+    fn take_bits<const SHIFT: i32, const MASK: u8>(self, plane: [__m256i; 2]) -> [__m256i; 2] {
+        [self.take_bits::<SHIFT, MASK>(plane[0]), self.take_bits::<SHIFT, MASK>(plane[1])]
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: [__m256i; 2],
+        plane: [__m256i; 2],
+    ) -> [__m256i; 2] {
+        [
+            self.insert_bits::<SHIFT, MASK>(low[0], plane[0]),
+            self.insert_bits::<SHIFT, MASK>(low[1], plane[1]),
+        ]
     }
 }
 
@@ -166,6 +211,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
     const BYTE_BIAS: i32 = if VNNI { 128 } else { 0 };
+    const WIDENS_BYTES: bool = !VNNI;
 
     type F = [__m256; 2];
     type I = [__m256i; 2];
@@ -373,44 +419,6 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn low_nibbles(self, b: Self::B) -> Self::B {
-        let mask = op!(_mm256_set1_epi8(15));
-        op!([_mm256_and_si256(b[0], mask), _mm256_and_si256(b[1], mask)])
-    }
-    #[inline(always)]
-    fn high_nibbles(self, b: Self::B) -> Self::B {
-        let high = op!([_mm256_srli_epi16::<4>(b[0]), _mm256_srli_epi16::<4>(b[1])]);
-        self.low_nibbles(high)
-    }
-    #[inline(always)]
-    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        let high = op!([_mm256_slli_epi16::<4>(high[0]), _mm256_slli_epi16::<4>(high[1])]);
-        let mask = op!(_mm256_set1_epi8(15));
-        let high = op!([_mm256_andnot_si256(mask, high[0]), _mm256_andnot_si256(mask, high[1])]);
-        both!(_mm256_or_si256(high, self.low_nibbles(low)))
-    }
-    #[inline(always)]
-    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        let mask = op!(_mm256_set1_epi8(15));
-        let high = op!([_mm256_andnot_si256(mask, high[0]), _mm256_andnot_si256(mask, high[1])]);
-        both!(_mm256_or_si256(high, self.high_nibbles(low)))
-    }
-    #[inline(always)]
-    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
-        [self.lookup_eight(table, nibbles[0]), self.lookup_eight(table, nibbles[1])]
-    }
-    #[inline(always)]
-    fn insert_bits<const SHIFT: i32, const MASK: u8>(
-        self,
-        low: Self::B,
-        plane: Self::B,
-    ) -> Self::B {
-        [
-            self.insert_in_eight::<SHIFT, MASK>(low[0], plane[0]),
-            self.insert_in_eight::<SHIFT, MASK>(low[1], plane[1]),
-        ]
-    }
-    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         op!(_mm256_set1_epi32(i32::from_ne_bytes(x.map(|x| x as u8))))
     }
@@ -471,133 +479,43 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         unsafe { _mm_prefetch::<_MM_HINT_NTA>(x.as_ptr().cast::<i8>().wrapping_add(at)) }
     }
 
-    // Without VNNI eight rows at a time, whose codes stay in registers while a few tokens pass.
+    // Without VNNI eight rows at a time, whose codes stay in registers while a few tokens pass. Codes of a
+    // byte are widened at once, which leaves no room for that.
     #[inline(always)]
-    fn dot_nibbles_group<const M: usize>(
+    fn dots<C: Codes<N>, const N: usize, const M: usize>(
         self,
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
+        codes: C,
+        x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
     ) -> [Self::I; M] {
-        if VNNI {
-            return each_token::nibbles(self, codes, x, starts);
+        if VNNI || C::BITS == 8 {
+            return each_token::dots(self, codes, x, starts);
         }
         let mut out = [self.splat_i32(0); M];
         for half in 0..2 {
-            let w = self.steps_of_eight(codes, half);
+            let w = codes.steps(self, |bytes| eight_rows(bytes, half));
             for m in 0..M {
-                out[m][half] = self.dots_of_eight::<8, 8, M>(w, x, starts[m], m);
+                out[m][half] = self.dots_of_eight::<C, N, M>(w, x, starts[m], m);
             }
         }
         out
     }
     #[inline(always)]
-    fn add_nibbles_group<const M: usize>(
+    fn add_dots<C: Codes<N>, const N: usize, const M: usize>(
         self,
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
+        codes: C,
+        x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
-        if VNNI {
-            return add_scaled(self, each_token::nibbles(self, codes, x, starts), scales, acc);
+        if VNNI || C::BITS == 8 {
+            return add_scaled(self, each_token::dots(self, codes, x, starts), scales, acc);
         }
         for half in 0..2 {
-            let w = self.steps_of_eight(codes, half);
+            let w = codes.steps(self, |bytes| eight_rows(bytes, half));
             for m in 0..M {
-                let dots = self.dots_of_eight::<8, 8, M>(w, x, starts[m], m);
-                acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
-            }
-        }
-    }
-    // 16 bits hold four products of pairs of codes of five bits: 31 x 127 x 8.
-    #[inline(always)]
-    fn add_five_bits_group<const M: usize>(
-        self,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-        scales: (Self::F, &[f32; M]),
-        acc: &mut [Self::F; M],
-    ) {
-        if VNNI {
-            let dots = each_token::five_bits(self, plane, codes, x, starts);
-            return add_scaled(self, dots, scales, acc);
-        }
-        for half in 0..2 {
-            let plane = eight_rows(plane, half);
-            let [a, b, c, d, e, f, g, h] = self.steps_of_eight(codes, half);
-            let w = [
-                self.insert_in_eight::<4, 0x10>(a, plane),
-                self.insert_in_eight::<3, 0x10>(b, plane),
-                self.insert_in_eight::<2, 0x10>(c, plane),
-                self.insert_in_eight::<1, 0x10>(d, plane),
-                self.insert_in_eight::<0, 0x10>(e, plane),
-                self.insert_in_eight::<-1, 0x10>(f, plane),
-                self.insert_in_eight::<-2, 0x10>(g, plane),
-                self.insert_in_eight::<-3, 0x10>(h, plane),
-            ];
-            for m in 0..M {
-                let dots = self.dots_of_eight::<8, 4, M>(w, x, starts[m], m);
-                acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
-            }
-        }
-    }
-    // 16 bits hold two products of pairs of codes of six bits: 63 x 127 x 4.
-    #[inline(always)]
-    fn add_tabled_group<const M: usize>(
-        self,
-        table: &[u8; 16],
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-        scales: (Self::F, &[f32; M]),
-        acc: &mut [Self::F; M],
-    ) {
-        if VNNI {
-            let dots = each_token::tabled(self, table, codes, x, starts);
-            return add_scaled(self, dots, scales, acc);
-        }
-        for half in 0..2 {
-            let w = self.steps_of_eight(codes, half).map(|w| self.lookup_eight(table, w));
-            for m in 0..M {
-                let dots = self.dots_of_eight::<8, 2, M>(w, x, starts[m], m);
-                acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
-            }
-        }
-    }
-    #[inline(always)]
-    fn add_six_bits_half<const M: usize>(
-        self,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 2],
-        x: &[[[i8; 4]; M]; 4],
-        starts: &[i32; M],
-        scales: (Self::F, &[f32; M]),
-        acc: &mut [Self::F; M],
-    ) {
-        if VNNI {
-            return add_scaled(
-                self,
-                each_token::six_bits(self, plane, codes, x, starts),
-                scales,
-                acc,
-            );
-        }
-        for half in 0..2 {
-            let plane = eight_rows(plane, half);
-            let [a, b] = self.nibbles_of_eight(eight_rows(&codes[0], half));
-            let [c, d] = self.nibbles_of_eight(eight_rows(&codes[1], half));
-            let w = [
-                self.insert_in_eight::<4, 0x30>(a, plane),
-                self.insert_in_eight::<2, 0x30>(b, plane),
-                self.insert_in_eight::<0, 0x30>(c, plane),
-                self.insert_in_eight::<-2, 0x30>(d, plane),
-            ];
-            for m in 0..M {
-                let dots = self.dots_of_eight::<4, 2, M>(w, x, starts[m], m);
+                let dots = self.dots_of_eight::<C, N, M>(w, x, starts[m], m);
                 acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
             }
         }
@@ -624,18 +542,16 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         first: usize,
     ) {
         if VNNI || BITS == 8 {
-            let dots = each_token::bytes::<Self, BITS, N, M, T>(self, codes, x, starts, first);
+            let dots = each_token::unpacked::<Self, BITS, N, M, T>(self, codes, x, starts, first);
             return add_scaled_of(self, dots, scales, acc, first);
         }
-        // Products of pairs of codes that 16 bits hold: 127 (2^BITS - 1) 2 run < 2^15.
-        let run = 1 << (7 - BITS);
         let mut sums = [[op!(_mm256_setzero_si256()); 2]; T];
         for i in 0..T {
             sums[i] = [op!(_mm256_set1_epi32(starts[first + i])); 2];
         }
-        for t in (0..N).step_by(run) {
+        for t in (0..N).step_by(run(BITS)) {
             let mut pairs = [[op!(_mm256_setzero_si256()); 2]; T];
-            for u in t..N.min(t + run) {
+            for u in t..N.min(t + run(BITS)) {
                 let w = [eight_rows(&codes[u], 0), eight_rows(&codes[u], 1)];
                 for i in 0..T {
                     let x = self.splat_bytes(x[u][first + i]);
@@ -657,28 +573,5 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
                 *acc = self.scale_eight(sums[i][half], scales.0[half], x, *acc);
             }
         }
-    }
-
-    // Without VNNI nibbles are cheaper than bytes, even twice: they need no widening.
-    #[inline(always)]
-    fn dot_planes_group<const M: usize>(
-        self,
-        high: &[[u8; 4 * LANES]; 4],
-        low: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [Self::I; M] {
-        if VNNI {
-            return each_token::planes(self, high, low, x, starts);
-        }
-        let high = self.dot_nibbles_group(high, x, &[0; M]);
-        let mut out = self.dot_nibbles_group(low, x, starts);
-        for m in 0..M {
-            for half in 0..2 {
-                let high = op!(_mm256_slli_epi32::<4>(high[m][half]));
-                out[m][half] = op!(_mm256_add_epi32(out[m][half], high));
-            }
-        }
-        out
     }
 }

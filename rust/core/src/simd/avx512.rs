@@ -1,6 +1,6 @@
 //! AVX-512 with VNNI: a vector is one register, a panel of 16 rows fills it.
 
-use super::{Isa, Kernel, LANES, StackLine, TILE_TOKENS};
+use super::{Bytes, Isa, Kernel, LANES, StackLine, TILE_TOKENS};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI.
@@ -42,11 +42,73 @@ const SELECT: i32 = 0xca;
 /// Truth table of "a and b, or c".
 const AND_OR: i32 = 0xea;
 
+/// Words shifted left, right if SHIFT is negative.
+///
+/// # Safety
+/// The CPU must have AVX-512: holding an [`Avx512`] proves it.
+#[inline(always)]
+unsafe fn shift<const SHIFT: i32>(words: __m512i) -> __m512i {
+    // SAFETY: the caller promises the instructions; they touch no memory.
+    unsafe {
+        let count = _mm_cvtsi32_si128(SHIFT.abs());
+        if SHIFT < 0 { _mm512_srl_epi16(words, count) } else { _mm512_sll_epi16(words, count) }
+    }
+}
+
+impl Bytes<__m512i> for Avx512 {
+    #[inline(always)]
+    fn low_nibbles(self, b: __m512i) -> __m512i {
+        op!(_mm512_and_si512(b, _mm512_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: __m512i) -> __m512i {
+        op!(_mm512_and_si512(_mm512_srli_epi16::<4>(b), _mm512_set1_epi8(15)))
+    }
+    #[inline(always)]
+    fn join_low_nibbles(self, high: __m512i, low: __m512i) -> __m512i {
+        op!(_mm512_ternarylogic_epi32::<SELECT>(
+            _mm512_set1_epi8(15),
+            low,
+            _mm512_slli_epi16::<4>(high)
+        ))
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: __m512i, low: __m512i) -> __m512i {
+        op!(_mm512_ternarylogic_epi32::<SELECT>(
+            _mm512_set1_epi8(15),
+            _mm512_srli_epi16::<4>(low),
+            high
+        ))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: __m512i) -> __m512i {
+        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles))
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: __m512i,
+        plane: __m512i,
+    ) -> __m512i {
+        op!({
+            let mask = _mm512_set1_epi8(MASK as i8);
+            _mm512_ternarylogic_epi32::<AND_OR>(shift::<SHIFT>(plane), mask, low)
+        })
+    }
+    #[inline(always)]
+    fn take_bits<const SHIFT: i32, const MASK: u8>(self, plane: __m512i) -> __m512i {
+        op!(_mm512_and_si512(shift::<SHIFT>(plane), _mm512_set1_epi8(MASK as i8)))
+    }
+}
+
 impl Isa for Avx512 {
     const FLOAT_TILE: (usize, usize) = (4, 4);
     const REGISTERS: usize = 32;
     const DELTA_TOKENS: usize = 4;
     const BYTE_BIAS: i32 = 128;
+    const WIDENS_BYTES: bool = false;
 
     type F = __m512;
     type I = __m512i;
@@ -199,53 +261,6 @@ impl Isa for Avx512 {
     fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]) {
         // SAFETY: `y` is 64 writable bytes; the store needs no alignment.
         unsafe { _mm512_storeu_si512(y.as_mut_ptr().cast(), b) }
-    }
-    #[inline(always)]
-    fn low_nibbles(self, b: Self::B) -> Self::B {
-        op!(_mm512_and_si512(b, _mm512_set1_epi8(15)))
-    }
-    #[inline(always)]
-    fn high_nibbles(self, b: Self::B) -> Self::B {
-        op!(_mm512_and_si512(_mm512_srli_epi16::<4>(b), _mm512_set1_epi8(15)))
-    }
-    #[inline(always)]
-    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        op!(_mm512_ternarylogic_epi32::<SELECT>(
-            _mm512_set1_epi8(15),
-            low,
-            _mm512_slli_epi16::<4>(high)
-        ))
-    }
-    #[inline(always)]
-    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        op!(_mm512_ternarylogic_epi32::<SELECT>(
-            _mm512_set1_epi8(15),
-            _mm512_srli_epi16::<4>(low),
-            high
-        ))
-    }
-    #[inline(always)]
-    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
-        // SAFETY: `table` is 16 readable bytes; the load needs no alignment.
-        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
-        op!(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), nibbles))
-    }
-    #[inline(always)]
-    fn insert_bits<const SHIFT: i32, const MASK: u8>(
-        self,
-        low: Self::B,
-        plane: Self::B,
-    ) -> Self::B {
-        op!({
-            let count = _mm_cvtsi32_si128(SHIFT.abs());
-            let shifted = if SHIFT < 0 {
-                _mm512_srl_epi16(plane, count)
-            } else {
-                _mm512_sll_epi16(plane, count)
-            };
-            let mask = _mm512_set1_epi8(MASK as i8);
-            _mm512_ternarylogic_epi32::<AND_OR>(shifted, mask, low)
-        })
     }
     // Their integer and float accumulators leave 8 of 32 registers for weights and scales. 14 of each fit
     // too, but a Zen 5 reads prompts in w4 3 % slower with them, and a Zen 4 no faster.

@@ -31,8 +31,42 @@ pub const LANES: usize = 16;
 /// Tokens of a tile in a quantised matrix product.
 pub const TILE_TOKENS: usize = 12;
 
+/// What an instruction set does with vectors of bytes, of a whole register or several.
+pub trait Bytes<V: Copy>: Copy {
+    fn low_nibbles(self, b: V) -> V;
+    fn high_nibbles(self, b: V) -> V;
+    /// Bytes whose halves are the low nibbles of `high` and `low`.
+    fn join_low_nibbles(self, high: V, low: V) -> V;
+    /// Bytes whose halves are the high nibbles of `high` and `low`.
+    fn join_high_nibbles(self, high: V, low: V) -> V;
+    /// The entries of a table at `nibbles`, which are up to 15.
+    fn lookup(self, table: &[u8; 16], nibbles: V) -> V;
+    /// The bits of `MASK` of `plane` shifted left by `SHIFT`, right if that is negative. `MASK` must have
+    /// no bits but those that a byte keeps.
+    fn take_bits<const SHIFT: i32, const MASK: u8>(self, plane: V) -> V;
+    /// `low`, with those bits in it.
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(self, low: V, plane: V) -> V;
+}
+
+/// Codes of N steps of four columns as they lie in memory, for 16 rows.
+pub trait Codes<const N: usize>: Copy {
+    /// A code is below 2 to this power: 4, 5, 6 or 8.
+    const BITS: u32;
+
+    /// The codes of each step. load: the bytes of all rows, or of some, as a vector.
+    ///
+    /// Implementations have loops and no closures: `array::map` and `from_fn` are not always inlined.
+    fn steps<V: Copy, S: Bytes<V>>(self, s: S, load: impl Fn(&[u8; 4 * LANES]) -> V) -> [V; N];
+}
+
+/// The codes of all rows, a vector for each step.
+#[inline(always)]
+pub fn unpack<S: Isa, C: Codes<N>, const N: usize>(s: S, codes: C) -> [S::B; N] {
+    codes.steps(s, |bytes| s.load_bytes(bytes))
+}
+
 /// One instruction set.
-pub trait Isa: Copy + Send + Sync + 'static {
+pub trait Isa: Bytes<Self::B> + Send + Sync + 'static {
     /// Rows and tokens of a tile in a float matrix product.
     const FLOAT_TILE: (usize, usize);
     /// Vectors that the registers hold.
@@ -41,6 +75,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const DELTA_TOKENS: usize;
     /// 0 or 128: a product of `dot_bytes` is sum((code - 128 + BYTE_BIAS) x).
     const BYTE_BIAS: i32;
+    /// Whether two dot products of halves of bytes are cheaper than one of bytes.
+    const WIDENS_BYTES: bool;
 
     /// 16 `f32`.
     type F: Copy;
@@ -101,18 +137,6 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     fn load_bytes(self, x: &[u8; 4 * LANES]) -> Self::B;
     fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]);
-    fn low_nibbles(self, b: Self::B) -> Self::B;
-    fn high_nibbles(self, b: Self::B) -> Self::B;
-    /// Bytes whose halves are the low nibbles of `high` and `low`.
-    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B;
-    /// Bytes whose halves are the high nibbles of `high` and `low`.
-    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B;
-    /// The entries of a table at `nibbles`, which are up to 15.
-    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B;
-    /// `low`, with the bits of `MASK` from `plane` shifted left by `SHIFT`, right if that is
-    /// negative. `MASK` must have no bits but those that a byte keeps.
-    fn insert_bits<const SHIFT: i32, const MASK: u8>(self, low: Self::B, plane: Self::B)
-    -> Self::B;
     fn splat_bytes(self, x: [i8; 4]) -> Self::X;
     /// No products yet. start: what `end_nibbles` will be given; like it, from memory (see
     /// `start_bytes`), for one of the two adds it.
@@ -133,102 +157,33 @@ pub trait Isa: Copy + Send + Sync + 'static {
     /// As `prefetch`, for what is read once: it needs no place in caches but the first.
     fn prefetch_once<T>(self, x: &[T], at: usize);
 
-    /// Dot products of 32 columns with M tokens: sum of code x, codes up to 15, plus the token's
-    /// number in `starts`, which for a zero other than 0 is -zero times the sum of x.
+    /// Dot products of N steps of codes with M tokens, each begun with the token's number in `starts`. Of codes
+    /// of 4, 5 and 6 bits they are sums of code x; of 8 bits of (code - 128) x, and the starts are -128 times
+    /// the sum of each token's x.
     ///
-    /// codes: eight columns each, of which the low nibbles have the first four and the high ones
-    /// the next; x: four columns each, tokens innermost.
+    /// x: of four columns a step, tokens innermost.
     #[inline(always)]
-    fn dot_nibbles_group<const M: usize>(
+    fn dots<C: Codes<N>, const N: usize, const M: usize>(
         self,
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
+        codes: C,
+        x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
     ) -> [Self::I; M] {
-        each_token::nibbles(self, codes, x, starts)
+        each_token::dots(self, codes, x, starts)
     }
-    /// As `dot_nibbles_group` for codes of a byte: sum of (code - 128) x.
-    ///
-    /// codes, x: four columns each; starts: -128 times the sum of each token's x.
+    /// acc += scales times what `dots` gives. scales: of the weights, and of each token.
     #[inline(always)]
-    fn dot_bytes_group<const M: usize>(
+    fn add_dots<C: Codes<N>, const N: usize, const M: usize>(
         self,
-        codes: &[[u8; 4 * LANES]; 8],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [Self::I; M] {
-        each_token::bytes::<Self, 8, 8, M, M>(self, codes, x, starts, 0)
-    }
-    /// As `dot_bytes_group` for codes whose halves lie apart, in the order of
-    /// `dot_nibbles_group`: sum of (code - 128) x.
-    #[inline(always)]
-    fn dot_planes_group<const M: usize>(
-        self,
-        high: &[[u8; 4 * LANES]; 4],
-        low: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [Self::I; M] {
-        each_token::planes(self, high, low, x, starts)
-    }
-    /// acc += scales times what `dot_nibbles_group` gives. scales: of the weights, and of each token.
-    #[inline(always)]
-    fn add_nibbles_group<const M: usize>(
-        self,
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
+        codes: C,
+        x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
-        add_scaled(self, self.dot_nibbles_group(codes, x, starts), scales, acc);
+        add_scaled(self, self.dots(codes, x, starts), scales, acc);
     }
-    /// As `add_nibbles_group` for codes of five bits: bit t of `plane` is the fifth of the codes of step
-    /// t.
-    #[inline(always)]
-    fn add_five_bits_group<const M: usize>(
-        self,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-        scales: (Self::F, &[f32; M]),
-        acc: &mut [Self::F; M],
-    ) {
-        add_scaled(self, each_token::five_bits(self, plane, codes, x, starts), scales, acc);
-    }
-    /// As `add_nibbles_group` for codes that are places in a table of codes of six bits.
-    #[inline(always)]
-    fn add_tabled_group<const M: usize>(
-        self,
-        table: &[u8; 16],
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-        scales: (Self::F, &[f32; M]),
-        acc: &mut [Self::F; M],
-    ) {
-        add_scaled(self, each_token::tabled(self, table, codes, x, starts), scales, acc);
-    }
-    /// As `add_nibbles_group` for half a group of codes of six bits: bits 2t and 2t + 1 of `plane` are
-    /// the highest of the codes of step t.
-    #[inline(always)]
-    fn add_six_bits_half<const M: usize>(
-        self,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 2],
-        x: &[[[i8; 4]; M]; 4],
-        starts: &[i32; M],
-        scales: (Self::F, &[f32; M]),
-        acc: &mut [Self::F; M],
-    ) {
-        add_scaled(self, each_token::six_bits(self, plane, codes, x, starts), scales, acc);
-    }
-    /// acc += scales times dot products of codes of up to BITS bits that lie in bytes, each begun with the
-    /// token's number in `starts`. For 4, 5 and 6 bits the products are of the codes; for 8 of the codes less
-    /// 128, and the starts are -128 times the sum of each token's x.
-    ///
-    /// codes, x: four columns each, N of 4 or 8 times.
+    /// As `add_dots` of codes of up to BITS bits that lie in bytes, for as many tokens as a tile has.
     #[inline(always)]
     fn add_codes<const BITS: u32, const N: usize, const M: usize>(
         self,
@@ -269,7 +224,7 @@ pub trait Isa: Copy + Send + Sync + 'static {
         acc: &mut [Self::F; M],
         first: usize,
     ) {
-        let dots = each_token::bytes::<Self, BITS, N, M, T>(self, codes, x, starts, first);
+        let dots = each_token::unpacked::<Self, BITS, N, M, T>(self, codes, x, starts, first);
         add_scaled_of(self, dots, scales, acc, first);
     }
     /// What `dot_bytes` begins with for codes with a zero of 128.
@@ -308,133 +263,38 @@ fn add_scaled_of<S: Isa, const M: usize, const T: usize>(
     }
 }
 
-/// Codes of a group of columns, a vector for each four.
-///
-/// Loops and no closures: `array::map` and `from_fn` are not always inlined.
-pub mod unpack {
-    use super::{Isa, LANES};
-
-    #[inline(always)]
-    pub fn nibbles<S: Isa>(s: S, codes: &[[u8; 4 * LANES]; 4]) -> [S::B; 8] {
-        let mut out = [s.load_bytes(&codes[0]); 8];
-        for t in 0..4 {
-            let w = s.load_bytes(&codes[t]);
-            (out[2 * t], out[2 * t + 1]) = (s.low_nibbles(w), s.high_nibbles(w));
-        }
-        out
-    }
-
-    /// Places in a table of codes.
-    #[inline(always)]
-    pub fn tabled<S: Isa>(s: S, table: &[u8; 16], codes: &[[u8; 4 * LANES]; 4]) -> [S::B; 8] {
-        let mut out = nibbles(s, codes);
-        for t in 0..8 {
-            out[t] = s.lookup(table, out[t]);
-        }
-        out
-    }
-
-    /// See [`Isa::add_five_bits_group`].
-    #[inline(always)]
-    pub fn five_bits<S: Isa>(
-        s: S,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 4],
-    ) -> [S::B; 8] {
-        let plane = s.load_bytes(plane);
-        let [a, b, c, d, e, f, g, h] = nibbles(s, codes);
-        // Bit t of the plane becomes bit 4.
-        [
-            s.insert_bits::<4, 0x10>(a, plane),
-            s.insert_bits::<3, 0x10>(b, plane),
-            s.insert_bits::<2, 0x10>(c, plane),
-            s.insert_bits::<1, 0x10>(d, plane),
-            s.insert_bits::<0, 0x10>(e, plane),
-            s.insert_bits::<-1, 0x10>(f, plane),
-            s.insert_bits::<-2, 0x10>(g, plane),
-            s.insert_bits::<-3, 0x10>(h, plane),
-        ]
-    }
-
-    /// Codes of five bits in two planes: four bits in `high`, bit 0 in bit t of the bytes of `low`.
-    #[inline(always)]
-    pub fn five_bits_of_planes<S: Isa>(
-        s: S,
-        high: &[[u8; 4 * LANES]; 4],
-        low: &[u8; 4 * LANES],
-    ) -> [S::B; 8] {
-        let (none, low) = (s.load_bytes(&[0; 4 * LANES]), s.load_bytes(low));
-        let mut out = [
-            s.insert_bits::<0, 1>(none, low),
-            s.insert_bits::<-1, 1>(none, low),
-            s.insert_bits::<-2, 1>(none, low),
-            s.insert_bits::<-3, 1>(none, low),
-            s.insert_bits::<-4, 1>(none, low),
-            s.insert_bits::<-5, 1>(none, low),
-            s.insert_bits::<-6, 1>(none, low),
-            s.insert_bits::<-7, 1>(none, low),
-        ];
-        for t in 0..4 {
-            let high = s.load_bytes(&high[t]);
-            // Bits 0 to 3, and bits 4 to 7, become bits 1 to 4.
-            out[2 * t] = s.insert_bits::<1, 0x1e>(out[2 * t], high);
-            out[2 * t + 1] = s.insert_bits::<-3, 0x1e>(out[2 * t + 1], high);
-        }
-        out
-    }
-
-    /// See [`Isa::add_six_bits_half`].
-    #[inline(always)]
-    pub fn six_bits<S: Isa>(
-        s: S,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 2],
-    ) -> [S::B; 4] {
-        let plane = s.load_bytes(plane);
-        let w = [s.load_bytes(&codes[0]), s.load_bytes(&codes[1])];
-        // Bits 2t and 2t + 1 of the plane become bits 4 and 5.
-        [
-            s.insert_bits::<4, 0x30>(s.low_nibbles(w[0]), plane),
-            s.insert_bits::<2, 0x30>(s.high_nibbles(w[0]), plane),
-            s.insert_bits::<0, 0x30>(s.low_nibbles(w[1]), plane),
-            s.insert_bits::<-2, 0x30>(s.high_nibbles(w[1]), plane),
-        ]
-    }
-
-    /// See [`Isa::dot_planes_group`].
-    #[inline(always)]
-    pub fn planes<S: Isa>(
-        s: S,
-        high: &[[u8; 4 * LANES]; 4],
-        low: &[[u8; 4 * LANES]; 4],
-    ) -> [S::B; 8] {
-        let mut out = [s.load_bytes(&high[0]); 8];
-        for t in 0..4 {
-            let (high, low) = (s.load_bytes(&high[t]), s.load_bytes(&low[t]));
-            out[2 * t] = s.join_low_nibbles(high, low);
-            out[2 * t + 1] = s.join_high_nibbles(high, low);
-        }
-        out
-    }
-
-    #[inline(always)]
-    pub fn bytes<S: Isa>(s: S, codes: &[[u8; 4 * LANES]; 8]) -> [S::B; 8] {
-        let mut out = [s.load_bytes(&codes[0]); 8];
-        for t in 1..8 {
-            out[t] = s.load_bytes(&codes[t]);
-        }
-        out
-    }
-}
-
-/// Products of a group of columns with several tokens, one after the other.
+/// Products of codes with several tokens, one after the other.
 pub mod each_token {
-    use super::{Isa, LANES, unpack};
+    use super::{Codes, Isa, LANES, unpack};
 
-    /// Of N steps of codes of up to BITS bits with the T tokens from `first`, see [`Isa::add_codes`].
+    /// See [`Isa::dots`].
     #[inline(always)]
-    pub fn dots<S: Isa, const BITS: u32, const N: usize, const M: usize, const T: usize>(
+    pub fn dots<S: Isa, C: Codes<N>, const N: usize, const M: usize>(
         s: S,
+        codes: C,
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+    ) -> [S::I; M] {
+        let codes = unpack(s, codes);
+        of_steps::<S, N, M, M>(s, C::BITS, |t| codes[t], x, starts, 0)
+    }
+
+    /// Of codes that lie in bytes with the T tokens from `first`, see [`Isa::add_codes`].
+    #[inline(always)]
+    pub fn unpacked<S: Isa, const BITS: u32, const N: usize, const M: usize, const T: usize>(
+        s: S,
+        codes: &[[u8; 4 * LANES]; N],
+        x: &[[[i8; 4]; M]; N],
+        starts: &[i32; M],
+        first: usize,
+    ) -> [S::I; T] {
+        of_steps(s, BITS, |t| s.load_bytes(&codes[t]), x, starts, first)
+    }
+
+    #[inline(always)]
+    fn of_steps<S: Isa, const N: usize, const M: usize, const T: usize>(
+        s: S,
+        bits: u32,
         codes: impl Fn(usize) -> S::B,
         x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
@@ -451,7 +311,7 @@ pub mod each_token {
                 }
             };
         }
-        if BITS == 4 {
+        if bits == 4 {
             let mut acc = [s.start_nibbles(0); T];
             for m in 0..T {
                 acc[m] = s.start_nibbles(starts[first + m]);
@@ -460,7 +320,7 @@ pub mod each_token {
             for m in 0..T {
                 out[m] = s.end_nibbles(acc[m], starts[first + m]);
             }
-        } else if BITS < 8 {
+        } else if bits < 8 {
             for m in 0..T {
                 out[m] = s.splat_i32(starts[first + m]);
             }
@@ -472,77 +332,6 @@ pub mod each_token {
             products!(out, dot_bytes);
         }
         out
-    }
-
-    /// Of codes that lie in bytes.
-    #[inline(always)]
-    pub fn bytes<S: Isa, const BITS: u32, const N: usize, const M: usize, const T: usize>(
-        s: S,
-        codes: &[[u8; 4 * LANES]; N],
-        x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
-        first: usize,
-    ) -> [S::I; T] {
-        dots::<S, BITS, N, M, T>(s, |t| s.load_bytes(&codes[t]), x, starts, first)
-    }
-
-    #[inline(always)]
-    pub fn nibbles<S: Isa, const M: usize>(
-        s: S,
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [S::I; M] {
-        let codes = unpack::nibbles(s, codes);
-        dots::<S, 4, 8, M, M>(s, |t| codes[t], x, starts, 0)
-    }
-
-    #[inline(always)]
-    pub fn planes<S: Isa, const M: usize>(
-        s: S,
-        high: &[[u8; 4 * LANES]; 4],
-        low: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [S::I; M] {
-        let codes = unpack::planes(s, high, low);
-        dots::<S, 8, 8, M, M>(s, |t| codes[t], x, starts, 0)
-    }
-
-    #[inline(always)]
-    pub fn five_bits<S: Isa, const M: usize>(
-        s: S,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [S::I; M] {
-        let codes = unpack::five_bits(s, plane, codes);
-        dots::<S, 5, 8, M, M>(s, |t| codes[t], x, starts, 0)
-    }
-
-    #[inline(always)]
-    pub fn tabled<S: Isa, const M: usize>(
-        s: S,
-        table: &[u8; 16],
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [S::I; M] {
-        let codes = unpack::tabled(s, table, codes);
-        dots::<S, 6, 8, M, M>(s, |t| codes[t], x, starts, 0)
-    }
-
-    #[inline(always)]
-    pub fn six_bits<S: Isa, const M: usize>(
-        s: S,
-        plane: &[u8; 4 * LANES],
-        codes: &[[u8; 4 * LANES]; 2],
-        x: &[[[i8; 4]; M]; 4],
-        starts: &[i32; M],
-    ) -> [S::I; M] {
-        let codes = unpack::six_bits(s, plane, codes);
-        dots::<S, 6, 4, M, M>(s, |t| codes[t], x, starts, 0)
     }
 }
 

@@ -15,7 +15,7 @@
 //! A token left over takes `sdot`. `sdot`, `smmla` and `prfm` are written as assembly: there is no
 //! stable intrinsic.
 
-use super::{Isa, Kernel, LANES, add_scaled_of, each_token};
+use super::{Bytes, Codes, Isa, Kernel, LANES, add_scaled_of, each_token, unpack};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -63,6 +63,12 @@ impl<const DOTPROD: bool, const I8MM: bool> Neon<DOTPROD, I8MM> {
             && (!(DOTPROD || I8MM) || is_aarch64_feature_detected!("dotprod"))
             && (!I8MM || is_aarch64_feature_detected!("i8mm")))
         .then_some(Neon(()))
+    }
+
+    /// Codes of up to `bits` bits as signed bytes, less 128 if they are whole bytes.
+    #[inline(always)]
+    fn numbers(self, bits: u32, codes: [uint8x16_t; 4]) -> [int8x16_t; 4] {
+        if bits == 8 { self.signed(codes) } else { each!(vreinterpretq_s8_u8(codes)) }
     }
 
     /// Codes with the offset 128 as signed bytes.
@@ -213,11 +219,56 @@ macro_rules! prefetch {
     };
 }
 
+impl<const DOTPROD: bool, const I8MM: bool> Bytes<[uint8x16_t; 4]> for Neon<DOTPROD, I8MM> {
+    #[inline(always)]
+    fn low_nibbles(self, b: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+        each!(vandq_u8(b, [vdupq_n_u8(15); 4]))
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+        each!(vshrq_n_u8::<4>(b))
+    }
+    #[inline(always)]
+    fn join_low_nibbles(self, high: [uint8x16_t; 4], low: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+        each!(vsliq_n_u8::<4>(low, high))
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: [uint8x16_t; 4], low: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+        each!(vsriq_n_u8::<4>(high, low))
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+        // SAFETY: `table` is 16 readable bytes.
+        let table = unsafe { vld1q_u8(table.as_ptr()) };
+        each!(vqtbl1q_u8([table; 4], nibbles))
+    }
+    #[inline(always)]
+    fn take_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        plane: [uint8x16_t; 4],
+    ) -> [uint8x16_t; 4] {
+        // A negative shift goes right.
+        let (shift, mask) = op!((vdupq_n_s8(SHIFT as i8), vdupq_n_u8(MASK)));
+        let shifted = each!(vshlq_u8(plane, [shift; 4]));
+        each!(vandq_u8(shifted, [mask; 4]))
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: [uint8x16_t; 4],
+        plane: [uint8x16_t; 4],
+    ) -> [uint8x16_t; 4] {
+        let bits = self.take_bits::<SHIFT, MASK>(plane);
+        each!(vorrq_u8(low, bits))
+    }
+}
+
 impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
     const BYTE_BIAS: i32 = 0;
+    const WIDENS_BYTES: bool = false;
 
     type F = [float32x4_t; 4];
     type I = [int32x4_t; 4];
@@ -446,40 +497,6 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         unsafe { vst1q_u8_x4(y.as_mut_ptr(), uint8x16x4_t(b[0], b[1], b[2], b[3])) }
     }
     #[inline(always)]
-    fn low_nibbles(self, b: Self::B) -> Self::B {
-        each!(vandq_u8(b, [vdupq_n_u8(15); 4]))
-    }
-    #[inline(always)]
-    fn high_nibbles(self, b: Self::B) -> Self::B {
-        each!(vshrq_n_u8::<4>(b))
-    }
-    #[inline(always)]
-    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        each!(vsliq_n_u8::<4>(low, high))
-    }
-    #[inline(always)]
-    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        each!(vsriq_n_u8::<4>(high, low))
-    }
-    #[inline(always)]
-    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
-        // SAFETY: `table` is 16 readable bytes.
-        let table = unsafe { vld1q_u8(table.as_ptr()) };
-        each!(vqtbl1q_u8([table; 4], nibbles))
-    }
-    #[inline(always)]
-    fn insert_bits<const SHIFT: i32, const MASK: u8>(
-        self,
-        low: Self::B,
-        plane: Self::B,
-    ) -> Self::B {
-        // A negative shift goes right.
-        let (shift, mask) = op!((vdupq_n_s8(SHIFT as i8), vdupq_n_u8(MASK)));
-        let shifted = each!(vshlq_u8(plane, [shift; 4]));
-        let bits = each!(vandq_u8(shifted, [mask; 4]));
-        each!(vorrq_u8(low, bits))
-    }
-    #[inline(always)]
     fn splat_bytes(self, x: [i8; 4]) -> Self::X {
         op!(vreinterpretq_s8_s32(vdupq_n_s32(i32::from_ne_bytes(x.map(|x| x as u8)))))
     }
@@ -547,43 +564,24 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     }
 
     #[inline(always)]
-    fn dot_nibbles_group<const M: usize>(
+    fn dots<C: Codes<N>, const N: usize, const M: usize>(
         self,
-        codes: &[[u8; 4 * LANES]; 4],
-        x: &[[[i8; 4]; M]; 8],
+        codes: C,
+        x: &[[[i8; 4]; M]; N],
         starts: &[i32; M],
     ) -> [Self::I; M] {
         if !I8MM || M == 1 {
-            return each_token::nibbles(self, codes, x, starts);
+            return each_token::dots(self, codes, x, starts);
         }
+        let codes = unpack(self, codes);
         let mut acc = [self.splat_i32(0); M];
-        for t in 0..4 {
-            let w = self.load_bytes(&codes[t]);
-            let (low, high) = (self.low_nibbles(w), self.high_nibbles(w));
-            let (low, high) = (each!(vreinterpretq_s8_u8(low)), each!(vreinterpretq_s8_u8(high)));
-            // SAFETY: `self` proves the instructions.
-            unsafe { products_of_pairs(&mut acc, low, high, [&x[2 * t], &x[2 * t + 1]]) };
-        }
-        self.part_pairs(acc, starts)
-    }
-    #[inline(always)]
-    fn dot_bytes_group<const M: usize>(
-        self,
-        codes: &[[u8; 4 * LANES]; 8],
-        x: &[[[i8; 4]; M]; 8],
-        starts: &[i32; M],
-    ) -> [Self::I; M] {
-        if !I8MM || M == 1 {
-            return each_token::bytes::<Self, 8, 8, M, M>(self, codes, x, starts, 0);
-        }
-        let mut acc = [self.splat_i32(0); M];
-        for t in (0..8).step_by(2) {
-            let first = self.signed(self.load_bytes(&codes[t]));
-            let second = self.signed(self.load_bytes(&codes[t + 1]));
+        for t in (0..N).step_by(2) {
+            let first = self.numbers(C::BITS, codes[t]);
+            let second = self.numbers(C::BITS, codes[t + 1]);
             // SAFETY: `self` proves the instructions.
             unsafe { products_of_pairs(&mut acc, first, second, [&x[t], &x[t + 1]]) };
         }
-        self.part_pairs(acc, &[0; M])
+        self.part_pairs(acc, if C::BITS == 8 { &[0; M] } else { starts })
     }
     // Running products are four registers of 32 a token: two pairs of tokens leave 16. The float accumulators
     // of a tile are in the cache.
@@ -603,21 +601,18 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
     ) {
         let dots = if I8MM && T > 1 {
             let mut acc = [self.splat_i32(0); T];
-            let signed = |w: Self::B| match BITS {
-                8 => self.signed(w),
-                _ => each!(vreinterpretq_s8_u8(w)),
-            };
             let tokens = |t: usize| x[t][first..].first_chunk::<T>().expect("T tokens");
             for t in (0..N).step_by(2) {
-                let (first, second) = (self.load_bytes(&codes[t]), self.load_bytes(&codes[t + 1]));
+                let first = self.numbers(BITS, self.load_bytes(&codes[t]));
+                let second = self.numbers(BITS, self.load_bytes(&codes[t + 1]));
                 let x = [tokens(t), tokens(t + 1)];
                 // SAFETY: `self` proves the instructions.
-                unsafe { products_of_pairs(&mut acc, signed(first), signed(second), x) };
+                unsafe { products_of_pairs(&mut acc, first, second, x) };
             }
             let starts = starts[first..].first_chunk::<T>().expect("T tokens");
             self.part_pairs(acc, if BITS == 8 { &[0; T] } else { starts })
         } else {
-            each_token::bytes::<Self, BITS, N, M, T>(self, codes, x, starts, first)
+            each_token::unpacked::<Self, BITS, N, M, T>(self, codes, x, starts, first)
         };
         add_scaled_of(self, dots, scales, acc, first);
     }

@@ -1,7 +1,7 @@
 //! Plain Rust: the twin that every other instruction set is tested against, and what runs where
 //! nothing better was detected.
 
-use super::{Isa, Kernel, LANES};
+use super::{Bytes, Isa, Kernel, LANES};
 use half::{bf16, f16};
 
 /// No instruction set beyond the target's baseline.
@@ -23,11 +23,51 @@ fn dot4(codes: &[u8; 4 * LANES], lane: usize, x: [i8; 4], offset: i32) -> i32 {
     (0..4).map(|i| (i32::from(codes[4 * lane + i]) - offset) * i32::from(x[i])).sum()
 }
 
+impl Bytes<[u8; 4 * LANES]> for Portable {
+    #[inline(always)]
+    fn low_nibbles(self, b: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        b.map(|b| b & 15)
+    }
+    #[inline(always)]
+    fn high_nibbles(self, b: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        b.map(|b| b >> 4)
+    }
+    #[inline(always)]
+    fn join_low_nibbles(self, high: [u8; 4 * LANES], low: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        std::array::from_fn(|i| high[i] << 4 | low[i] & 15)
+    }
+    #[inline(always)]
+    fn join_high_nibbles(self, high: [u8; 4 * LANES], low: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        std::array::from_fn(|i| high[i] & 0xf0 | low[i] >> 4)
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], nibbles: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        nibbles.map(|n| table[usize::from(n & 15)])
+    }
+    #[inline(always)]
+    fn take_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        plane: [u8; 4 * LANES],
+    ) -> [u8; 4 * LANES] {
+        plane.map(|x| if SHIFT < 0 { x >> -SHIFT } else { x << SHIFT } & MASK)
+    }
+    #[inline(always)]
+    fn insert_bits<const SHIFT: i32, const MASK: u8>(
+        self,
+        low: [u8; 4 * LANES],
+        plane: [u8; 4 * LANES],
+    ) -> [u8; 4 * LANES] {
+        let bits = self.take_bits::<SHIFT, MASK>(plane);
+        std::array::from_fn(|i| low[i] | bits[i])
+    }
+}
+
 impl Isa for Portable {
     const FLOAT_TILE: (usize, usize) = (2, 2);
     const REGISTERS: usize = 8;
     const DELTA_TOKENS: usize = 2;
     const BYTE_BIAS: i32 = 0;
+    const WIDENS_BYTES: bool = false;
 
     type F = [f32; LANES];
     type I = [i32; LANES];
@@ -167,35 +207,6 @@ impl Isa for Portable {
     #[inline(always)]
     fn store_bytes(self, b: Self::B, y: &mut [u8; 4 * LANES]) {
         *y = b;
-    }
-    #[inline(always)]
-    fn low_nibbles(self, b: Self::B) -> Self::B {
-        b.map(|b| b & 15)
-    }
-    #[inline(always)]
-    fn high_nibbles(self, b: Self::B) -> Self::B {
-        b.map(|b| b >> 4)
-    }
-    #[inline(always)]
-    fn join_low_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        std::array::from_fn(|i| high[i] << 4 | low[i] & 15)
-    }
-    #[inline(always)]
-    fn join_high_nibbles(self, high: Self::B, low: Self::B) -> Self::B {
-        std::array::from_fn(|i| high[i] & 0xf0 | low[i] >> 4)
-    }
-    #[inline(always)]
-    fn lookup(self, table: &[u8; 16], nibbles: Self::B) -> Self::B {
-        nibbles.map(|n| table[usize::from(n & 15)])
-    }
-    #[inline(always)]
-    fn insert_bits<const SHIFT: i32, const MASK: u8>(
-        self,
-        low: Self::B,
-        plane: Self::B,
-    ) -> Self::B {
-        let shift = |x: u8| if SHIFT < 0 { x >> -SHIFT } else { x << SHIFT };
-        std::array::from_fn(|i| low[i] | shift(plane[i]) & MASK)
     }
     #[inline(always)]
     fn register_tokens(_: u32) -> usize {
