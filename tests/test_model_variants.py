@@ -233,22 +233,23 @@ def decode_row_scaled(data: np.ndarray, kind: str) -> np.ndarray:
     """Panels of 16 rows: 16 f32 units, then blocks of 128 columns.
 
     A block begins with 4 x 16 signed factors, of its column groups and rows. The codes of a group
-    are 4-bit codes around 8, as in w4, or the same after 64 bytes of fifth bits, around 16.
+    are 4-bit codes around 8, as in w4, or eight steps of 5-bit codes around 16 in five.
     """
     panels = len(data)
     units = data[:, :64].copy().view("<f4").astype(np.float64)
     blocks = data[:, 64:].reshape(panels, -1, {"w4_r": 1088, "w5_r": 1344}[kind])
     factors = blocks[..., :64].view(np.int8).reshape(panels, -1, 4, 16)
     codes = blocks[..., 64:].reshape(panels, blocks.shape[1], 4, -1, 16, 4).astype(np.int64)
-    pairs = codes[..., -4:, :, :]
-    codes_of = np.concatenate([pairs & 15, pairs >> 4], axis=-1)  # eight columns a step
-    zero = 8
-    if kind == "w5_r":
-        fifths = np.stack([codes[..., 0, :, :] >> step & 1 for step in range(8)], axis=3)
-        fifths = fifths.reshape(*fifths.shape[:3], 4, 2, 16, 4).swapaxes(4, 5)
-        codes_of = codes_of + 16 * fifths.reshape(codes_of.shape)
-        zero = 16
-    numbers = (codes_of - zero) * factors[..., None, :, None]
+    if kind == "w4_r":
+        numbers = np.concatenate([codes & 15, codes >> 4], axis=-1) - 8  # eight columns a step
+    else:
+        v = np.moveaxis(codes, 3, 0)
+        steps = [*(v & 31)]
+        steps.append((v[0] >> 5) + 8 * (v[1] >> 6))
+        steps.append((v[2] >> 5) + 8 * (v[3] >> 6))
+        steps.append((v[4] >> 5) + 8 * (v[1] >> 5 & 1) + 16 * (v[3] >> 5 & 1))
+        numbers = np.stack(steps, axis=3) - 16  # four columns a step
+    numbers = numbers * factors[..., None, :, None]
     numbers = numbers.transpose(0, 4, 1, 2, 3, 5).reshape(panels, 16, -1)
     return (numbers * units[..., None]).reshape(panels * 16, -1)
 
