@@ -145,6 +145,7 @@ def test_samples_are_set_against_limits_of_their_moment(demo, monkeypatch):
     monkeypatch.setattr(bench, "measure_limits", lambda isa, threads: next(measured))
     test = bench.Test(0, 4, 0)
     row = bench.run(model, test, repetitions=3, filename="demo", config=config, limits=True)
+    assert model.settled
     moved = bench.bytes_per_token(model, 2)
     pairs = zip(row.samples_ts, (40e9, 10e9, 20e9), strict=True)
     assert row.of_ceiling == pytest.approx(sorted(rate * moved / read for rate, read in pairs)[1])
@@ -189,6 +190,7 @@ def test_a_screened_head_is_measured_where_it_works(quant, block):
     row = bench.run(
         model, bench.Test(0, 4, 0), repetitions=2, filename="demo", config=config, profiled=True
     )
+    assert model.settled and not full[0].settled
     assert row.head == "screened" and row.model_type.endswith(f"{quant} screened")
     assert row.bytes_per_token < bench.bytes_per_token(full[0], 2)
     assert row.profile["sampling"].gb_per_s and row.profile["head"].gb_per_s is None

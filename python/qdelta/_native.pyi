@@ -197,6 +197,10 @@ class Model:
         """Bytes of weights that one decoded token reads: trunk and head."""
 
     @property
+    def settled(self) -> bool:
+        """Whether single tokens were enough to find out how weights are best read here."""
+
+    @property
     def head_bytes(self) -> int:
         """Those of `weight_bytes` that the head reads; a screened one reads one of its planes."""
 

@@ -116,7 +116,7 @@ def run(
     is measured in turn, sample by sample. on_sample: called after each sample.
     """
     trial = Trial(model, test)
-    trial.sample()
+    trial.warm_up()
     samples, theirs, best = [], [], []
     for _ in range(repetitions):
         if limits:

@@ -50,6 +50,12 @@ class Trial:
         self._session.restore(self._start)
         return self._session
 
+    def warm_up(self) -> None:
+        """Run the test once, generation until it is known how weights are best read."""
+        self.sample()
+        while self.test.n_gen and not self.model.settled:
+            self.sample()
+
     def sample(self) -> int:
         """Nanoseconds that the test takes now."""
         session = self.rewound()

@@ -119,6 +119,11 @@ impl Model {
     }
 
     #[getter]
+    fn settled(&self) -> bool {
+        self.inner.is_settled()
+    }
+
+    #[getter]
     fn quant(&self) -> String {
         self.inner.quant.to_string()
     }

@@ -85,6 +85,11 @@ impl Ahead {
         Trial { reading, timed: way.map(|way| (way, Instant::now())) }
     }
 
+    /// Whether the way is chosen for good.
+    pub fn is_settled(&self) -> bool {
+        self.to_try().is_none()
+    }
+
     /// The way that the next single token is to go.
     fn to_try(&self) -> Option<usize> {
         let times = self.times.each_ref().map(Times::typical);
@@ -129,6 +134,7 @@ mod tests {
         loop {
             assert!(ahead.begin(2).timed.is_none(), "only single tokens are timed");
             let trial = ahead.begin(1);
+            assert_eq!(ahead.is_settled(), trial.timed.is_none());
             let Some((way, _)) = trial.timed else {
                 assert_eq!(trial.reading, ahead.chosen());
                 return (trial.reading, seen);

@@ -106,6 +106,12 @@ impl Model {
         self.pool.threads()
     }
 
+    /// Whether single tokens were enough to find out how weights are best read here.
+    pub fn is_settled(&self) -> bool {
+        let head = self.head == Head::Screened || self.head_ahead.is_settled();
+        head && self.ahead.is_settled()
+    }
+
     /// What counts the bytes that the weights, sessions and snapshots hold.
     pub fn budget(&self) -> &Arc<Budget> {
         self.held.budget()
