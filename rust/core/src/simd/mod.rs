@@ -55,7 +55,8 @@ pub trait Codes<const N: usize>: Copy {
 
     /// The codes of each step. load: the bytes of all rows, or of some, as a vector.
     ///
-    /// Implementations have loops and no closures: `array::map` and `from_fn` are not always inlined.
+    /// Implementations do without `array::map` and `from_fn`: these are not always inlined, and then intrinsics
+    /// become calls.
     fn steps<V: Copy, S: Bytes<V>>(self, s: S, load: impl Fn(&[u8; 4 * LANES]) -> V) -> [V; N];
 }
 
