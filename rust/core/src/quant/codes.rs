@@ -323,28 +323,42 @@ mod tests {
     use super::*;
     use crate::quant::GROUP;
 
+    /// Step and bit of memory of each bit of the codes of steps 5 to 7 of five bits, and of step 3 of six.
+    const FIVES: [[(usize, u32); 5]; 3] = [
+        [(0, 5), (0, 6), (0, 7), (1, 6), (1, 7)],
+        [(2, 5), (2, 6), (2, 7), (3, 6), (3, 7)],
+        [(4, 5), (4, 6), (4, 7), (1, 5), (3, 5)],
+    ];
+    const SIXES: [(usize, u32); 6] = [(0, 6), (0, 7), (1, 6), (1, 7), (2, 6), (2, 7)];
+
     #[test]
-    fn every_bit_of_packed_codes_has_one_place() {
+    fn every_bit_of_packed_codes_has_the_place_that_the_layout_says() {
         for row in [0, 7, 15] {
             for col in 0..GROUP {
-                for bit in 0..5 {
+                for bit in 0..5u32 {
                     let mut codes = [[0; LANES]; GROUP];
                     codes[col][row] = 1 << bit;
                     let mut steps = [[0xee; STEP]; FIVE_BITS_STEPS];
                     put(&codes, steps.as_flattened_mut(), join_five_bits);
                     let ones: u32 = steps.as_flattened().iter().map(|v| v.count_ones()).sum();
                     assert_eq!(ones, 1, "row {row} column {col} bit {bit}");
+                    let t = col / 4;
+                    let (step, at) = if t < 5 { (t, bit) } else { FIVES[t - 5][bit as usize] };
+                    assert_eq!(steps[step][4 * row + col % 4], 1 << at);
                     for (col, codes) in codes.iter().enumerate() {
                         assert_eq!(five_bits(steps.as_flattened(), row, col), codes[row]);
                     }
                 }
-                for bit in 0..if col < GROUP / 2 { 6 } else { 0 } {
+                for bit in 0..if col < GROUP / 2 { 6u32 } else { 0 } {
                     let mut codes = [[0; LANES]; GROUP / 2];
                     codes[col][row] = 1 << bit;
                     let mut steps = [[0xee; STEP]; SIX_BITS_STEPS];
                     put(&codes, steps.as_flattened_mut(), join_six_bits);
                     let ones: u32 = steps.as_flattened().iter().map(|v| v.count_ones()).sum();
                     assert_eq!(ones, 1, "row {row} column {col} bit {bit}");
+                    let t = col / 4;
+                    let (step, at) = if t < 3 { (t, bit) } else { SIXES[bit as usize] };
+                    assert_eq!(steps[step][4 * row + col % 4], 1 << at);
                     for (col, codes) in codes.iter().enumerate() {
                         assert_eq!(six_bits(steps.as_flattened(), row, col), codes[row]);
                     }
