@@ -161,7 +161,7 @@ impl Kernel for Screen<'_> {
                     let x = x.get(g);
                     let scales = w4::scales(s, block, g);
                     let [dots] = w4::dots(s, block, g, x);
-                    let middle = s.splat(-middle / (8.0 * step) * x.starts_at_8()[0] as f32);
+                    let middle = s.splat(-middle / (8.0 * step) * x.starts_at_8().sums[0] as f32);
                     let dots = s.add(s.to_f32(dots), middle);
                     let scale = s.mul(scales, s.splat(x.scales[0]));
                     estimate = s.fma(dots, scale, estimate);

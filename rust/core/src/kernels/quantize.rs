@@ -6,7 +6,7 @@
 //! a power of two apart would evict each other from the cache.
 
 use super::load_some;
-use crate::quant::{BLOCK, GROUP, GROUP_STEPS, Group, START_ZEROS};
+use crate::quant::{BLOCK, GROUP, GROUP_STEPS, Group, PAIR_ZEROS, START_ZEROS};
 use crate::simd::{Cpu, Isa, Kernel, LANES};
 
 /// Int8 values of a few tokens.
@@ -15,6 +15,7 @@ pub struct QuantTile {
     tokens: usize,
     codes: Vec<[i8; 4]>, // [cols / 4, tokens]
     starts: Vec<i32>,    // [cols / 32, 6, tokens], see START_ZEROS
+    pairs: Vec<i32>,     // [cols / 32, 4, tokens], see PAIR_ZEROS
     scales: Vec<f32>,    // [cols / 32, tokens]
     totals: Vec<f32>,    // [cols / 32, tokens], scale times sum
 }
@@ -24,6 +25,7 @@ pub struct QuantTile {
 pub(super) struct Groups<'a, const M: usize> {
     codes: &'a [[[[i8; 4]; M]; GROUP_STEPS]],
     starts: &'a [[[i32; M]; START_ZEROS.len()]],
+    pairs: &'a [[[i32; M]; PAIR_ZEROS.len()]],
     scales: &'a [[f32; M]],
     totals: &'a [[f32; M]],
 }
@@ -34,6 +36,7 @@ impl<'a, const M: usize> Groups<'a, M> {
         Group {
             codes: &self.codes[g],
             starts: &self.starts[g],
+            pairs: &self.pairs[g],
             scales: &self.scales[g],
             totals: &self.totals[g],
         }
@@ -43,13 +46,11 @@ impl<'a, const M: usize> Groups<'a, M> {
     #[inline(always)]
     pub fn blocks(self, n: usize) -> impl Iterator<Item = Groups<'a, M>> {
         assert!(self.codes.len().is_multiple_of(n));
-        let codes = self.codes.chunks_exact(n).zip(self.starts.chunks_exact(n));
+        let starts = self.starts.chunks_exact(n).zip(self.pairs.chunks_exact(n));
         let scales = self.scales.chunks_exact(n).zip(self.totals.chunks_exact(n));
-        codes.zip(scales).map(|((codes, starts), (scales, totals))| Groups {
-            codes,
-            starts,
-            scales,
-            totals,
+        let rest = starts.zip(scales);
+        self.codes.chunks_exact(n).zip(rest).map(|(codes, ((starts, pairs), (scales, totals)))| {
+            Groups { codes, starts, pairs, scales, totals }
         })
     }
 }
@@ -62,7 +63,7 @@ impl QuantTile {
     /// Bytes on the heap for rows of `cols` columns.
     pub fn bytes_of(tokens: usize, cols: usize) -> usize {
         let padded = tokens * cols.next_multiple_of(BLOCK);
-        padded + 4 * (START_ZEROS.len() + 2) * padded / GROUP
+        padded + 4 * (START_ZEROS.len() + PAIR_ZEROS.len() + 2) * padded / GROUP
     }
 
     /// Quantises rows. x: [tokens, cols]; columns are padded with zeros to a whole block.
@@ -72,6 +73,7 @@ impl QuantTile {
         let padded = cols.next_multiple_of(BLOCK) * self.tokens;
         self.codes.resize(padded / 4, [0; 4]);
         self.starts.resize(START_ZEROS.len() * padded / GROUP, 0);
+        self.pairs.resize(PAIR_ZEROS.len() * padded / GROUP, 0);
         self.scales.resize(padded / GROUP, 0.0);
         self.totals.resize(padded / GROUP, 0.0);
         cpu.run(Quantize { x, cols, tile: self });
@@ -97,10 +99,16 @@ impl QuantTile {
         Groups {
             codes: self.codes.as_chunks::<M>().0.as_chunks().0,
             starts: self.starts.as_chunks().0.as_chunks().0,
+            pairs: self.pairs.as_chunks().0.as_chunks().0,
             scales: self.scales.as_chunks().0,
             totals: self.totals.as_chunks().0,
         }
     }
+}
+
+/// Two numbers of 16 bits in one of 32.
+fn join(low: i32, high: i32) -> i32 {
+    low & 0xffff | high << 16
 }
 
 struct Quantize<'a> {
@@ -113,15 +121,15 @@ impl Kernel for Quantize<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Isa>(self, s: S) {
-        let QuantTile { tokens, codes, starts, scales, totals } = self.tile;
+        let QuantTile { tokens, codes, starts, pairs, scales, totals } = self.tile;
         let tokens = (*tokens).max(1);
-        let groups = codes
-            .chunks_exact_mut(GROUP_STEPS * tokens)
-            .zip(starts.chunks_exact_mut(START_ZEROS.len() * tokens));
-        let rest = scales.chunks_exact_mut(tokens).zip(totals.chunks_exact_mut(tokens));
-        let groups = groups.zip(rest);
+        let codes = codes.chunks_exact_mut(GROUP_STEPS * tokens);
+        let starts = starts.chunks_exact_mut(START_ZEROS.len() * tokens);
+        let starts = starts.zip(pairs.chunks_exact_mut(PAIR_ZEROS.len() * tokens));
+        let scales = scales.chunks_exact_mut(tokens).zip(totals.chunks_exact_mut(tokens));
+        let groups = codes.zip(starts.zip(scales));
         // All tokens of a group in turn, for their codes share cache lines.
-        for (group, ((codes, starts), (scales, totals))) in groups.enumerate() {
+        for (group, (codes, ((starts, pairs), (scales, totals)))) in groups.enumerate() {
             let first = (group * GROUP).min(self.cols);
             for (t, x) in self.x.chunks_exact(self.cols).enumerate() {
                 let low = load_some(s, &x[first..]);
@@ -129,10 +137,16 @@ impl Kernel for Quantize<'_> {
                 let largest = s.largest(s.max(s.abs(low), s.abs(high)));
                 let inverse = s.splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
                 let (low, high) = (s.to_i32(s.mul(low, inverse)), s.to_i32(s.mul(high, inverse)));
-                let halves = [s.sum_i32(low), s.sum_i32(high)];
+                let [early, late] = [s.sum_pairs(low), s.sum_pairs(high)];
+                let halves = [early[0] + early[1], late[0] + late[1]];
                 let sum = halves[0] + halves[1];
                 for (i, sum) in [sum, sum, sum, sum, halves[0], halves[1]].into_iter().enumerate() {
                     starts[i * tokens + t] = -START_ZEROS[i] * sum;
+                }
+                let both = [early[0] + late[0], early[1] + late[1]];
+                for (i, [first, last]) in [both, both, early, late].into_iter().enumerate() {
+                    let zero = -PAIR_ZEROS[i];
+                    pairs[i * tokens + t] = join(zero * first, zero * last);
                 }
                 scales[t] = largest / 127.0;
                 totals[t] = scales[t] * sum as f32;
@@ -184,6 +198,25 @@ mod tests {
                                 .enumerate()
                         {
                             assert_eq!(starts[i * tokens + t], -sum);
+                        }
+                        // By half of the columns and place in a step.
+                        let mut sums = [[0; 2]; 2];
+                        for i in 0..GROUP {
+                            let step = group * GROUP_STEPS + i / 4;
+                            let code = tile.codes[step * tokens + t][i % 4];
+                            sums[i / 16][i / 2 % 2] += i32::from(code);
+                        }
+                        let [early, late] = sums;
+                        let both = [0, 1].map(|pair| early[pair] + late[pair]);
+                        let pairs = &tile.pairs[group * PAIR_ZEROS.len() * tokens..];
+                        for (i, (zero, sums)) in
+                            [(8, both), (16, both), (32, early), (32, late)].into_iter().enumerate()
+                        {
+                            let pair = pairs[i * tokens + t];
+                            assert_eq!(
+                                [pair as i16, (pair >> 16) as i16],
+                                sums.map(|sum| (-zero * sum) as i16)
+                            );
                         }
                         assert_eq!(scale * sum as f32, tile.totals[group * tokens + t]);
                     }

@@ -16,7 +16,7 @@ use crate::quant::{
     BLOCK, Format, GROUP, GROUP_STEPS, Group, Layout, Lines, PANEL_ROWS, Packed, STEP,
     UnpackedGroup, add_offsets, panel_bytes, w4, with_packed, with_planes,
 };
-use crate::simd::{Cpu, Isa, Kernel, LANES, TILE_TOKENS, unpack};
+use crate::simd::{Cpu, Isa, Kernel, LANES, Starts, TILE_TOKENS, unpack};
 use std::marker::PhantomData;
 
 /// Whole panels with a byte for each code.
@@ -255,7 +255,7 @@ impl<const BITS: u32> Terms for Affine<BITS> {
         acc: &mut [S::F; M],
     ) {
         let scales = (s.load(&factors[0].0), x.scales);
-        s.add_codes::<BITS, _, M>(codes, x.codes, &[0; M], scales, acc);
+        s.add_codes::<BITS, _, M>(codes, x.codes, Starts::ZERO, scales, acc);
         add_offsets(s, s.load(&factors[1].0), x.totals, acc);
     }
 }

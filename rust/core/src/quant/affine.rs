@@ -13,7 +13,7 @@
 
 use super::codes::{self, FIVE_BITS_BYTES, FiveBits, NIBBLES_BYTES, Nibbles, nibble};
 use super::{Group, Layout, Packed, UnpackedGroup, add_offsets};
-use crate::simd::{Isa, LANES, unpack};
+use crate::simd::{Isa, LANES, Starts, unpack};
 use half::f16;
 
 /// Bytes of scales and offsets at the start of a block.
@@ -70,7 +70,7 @@ impl Packed for W4Affine {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block);
-        s.add_dots(nibbles(block), x.codes, &[0; M], (scales, x.scales), acc);
+        s.add_dots(nibbles(block), x.codes, Starts::ZERO, (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
@@ -108,7 +108,7 @@ impl Packed for W5Affine {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block);
-        s.add_dots(five_bits(block), x.codes, &[0; M], (scales, x.scales), acc);
+        s.add_dots(five_bits(block), x.codes, Starts::ZERO, (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 

@@ -52,7 +52,7 @@ use super::ggml::HALF;
 use super::search::{self, Integers, Numbers};
 use super::w4_nl;
 use super::{Encode, GROUP, Group, Layout, Packed, STEP, UnpackedGroup, add_offsets};
-use crate::simd::{Isa, LANES, unpack};
+use crate::simd::{Isa, LANES, Starts, unpack};
 use half::f16;
 
 /// Columns of a super-block, and the groups in it.
@@ -140,7 +140,7 @@ impl Packed for W4K {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block, g);
-        s.add_dots(nibbles(block, g), x.codes, &[0; M], (scales, x.scales), acc);
+        s.add_dots(nibbles(block, g), x.codes, Starts::ZERO, (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
@@ -180,7 +180,7 @@ impl Packed for W5K {
         acc: &mut [S::F; M],
     ) {
         let (scales, offsets) = affine(s, block, g);
-        s.add_dots(five_bits(block, g), x.codes, &[0; M], (scales, x.scales), acc);
+        s.add_dots(five_bits(block, g), x.codes, Starts::ZERO, (scales, x.scales), acc);
         add_offsets(s, offsets, x.totals, acc);
     }
 
@@ -235,8 +235,8 @@ impl Packed for W2K {
         let planes: &[[[u8; STEP]; 2]] = block[PAIRED..].as_chunks().0.as_chunks().0;
         let [first, second] = &planes[g];
         let [early, late] = x.halves();
-        let first = s.dots(TwoBits(first), early, &[0; M]);
-        let second = s.dots(TwoBits(second), late, &[0; M]);
+        let first = s.dots(TwoBits(first), early, Starts::ZERO);
+        let second = s.dots(TwoBits(second), late, Starts::ZERO);
         let (a0, b0) = split_nibbles(s, &factors[2 * g]);
         let (a1, b1) = split_nibbles(s, &factors[2 * g + 1]);
         // The starts are -32 times the sums of a half, and -8 times those of both.
@@ -245,8 +245,8 @@ impl Packed for W2K {
         for m in 0..M {
             // Both are exact: integers below 2^24; b0 half + b1 (sum - half), negative, is the latter.
             let dot = s.fma(a1, s.to_f32(second[m]), s.mul(a0, s.to_f32(first[m])));
-            let half = s.splat(x.starts_of_half(0)[m] as f32);
-            let sum = s.splat(x.starts_at_8()[m] as f32);
+            let half = s.splat(x.starts_of_half(0).sums[m] as f32);
+            let sum = s.splat(x.starts_at_8().sums[m] as f32);
             let minus = s.fma(step, half, s.mul(rest, sum));
             let product = s.fma(d, dot, s.mul(m_unit, minus));
             acc[m] = s.fma(product, s.splat(x.scales[m]), acc[m]);

@@ -25,7 +25,7 @@ pub mod w4_nl;
 pub mod w8;
 
 use crate::error::{Error, Result};
-use crate::simd::{Cpu, Isa, Kernel, LANES};
+use crate::simd::{Cpu, Isa, Kernel, LANES, Starts};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -242,10 +242,10 @@ impl Format {
     }
 }
 
-/// What the dot products of a group begin with, so that a code of weights may stand for itself less a
-/// zero: -zero times the sum of the token's codes. Of the whole group for zeros of 8, 16, 32 and 128, then
-/// of its two halves for 32.
+/// The zeros of [`Starts::sums`] of a group: of all its columns, then of its two halves.
 pub const START_ZEROS: [i32; 6] = [8, 16, 32, 128, 32, 32];
+/// Of [`Starts::pairs`]: of all columns, then of the two halves.
+pub const PAIR_ZEROS: [i32; 4] = [8, 16, 32, 32];
 
 /// Int8 activations of a group of columns for M tokens, tokens innermost.
 #[derive(Clone, Copy)]
@@ -254,6 +254,8 @@ pub struct Group<'a, const M: usize> {
     pub codes: &'a [[[i8; 4]; M]; GROUP_STEPS],
     /// See [`START_ZEROS`].
     pub starts: &'a [[i32; M]; START_ZEROS.len()],
+    /// See [`PAIR_ZEROS`].
+    pub pairs: &'a [[i32; M]; PAIR_ZEROS.len()],
     pub scales: &'a [f32; M],
     /// The sum of what each token's codes stand for: scale times sum.
     pub totals: &'a [f32; M],
@@ -267,34 +269,34 @@ impl<const M: usize> Group<'_, M> {
         [&halves[0], &halves[1]]
     }
 
-    /// -8 times the sum of each token's codes.
+    /// For a zero of 8.
     #[inline(always)]
-    pub fn starts_at_8(&self) -> &[i32; M] {
-        &self.starts[0]
+    pub fn starts_at_8(&self) -> Starts<'_, M> {
+        self.starts_at_zero_of(4)
     }
 
-    /// -128 times the sum of each token's codes.
+    /// For a zero of 128.
     #[inline(always)]
-    fn starts_at_128(&self) -> &[i32; M] {
-        &self.starts[3]
+    fn starts_at_128(&self) -> Starts<'_, M> {
+        self.starts_at_zero_of(8)
     }
 
-    /// Minus the zero of codes of so many bits, 2^(bits - 1), times the sum of each token's codes.
+    /// For the zero of codes of so many bits, 2^(bits - 1).
     #[inline(always)]
-    pub fn starts_at_zero_of(&self, bits: u32) -> &[i32; M] {
+    pub fn starts_at_zero_of(&self, bits: u32) -> Starts<'_, M> {
         match bits {
-            4 => self.starts_at_8(),
-            5 => &self.starts[1],
-            6 => &self.starts[2],
-            8 => self.starts_at_128(),
+            4 => Starts { sums: &self.starts[0], pairs: &self.pairs[..1] },
+            5 => Starts { sums: &self.starts[1], pairs: &self.pairs[1..2] },
+            6 => Starts { sums: &self.starts[2], pairs: &self.pairs[2..] },
+            8 => Starts { sums: &self.starts[3], pairs: &[] },
             _ => unreachable!("codes have 4, 5, 6 or 8 bits"),
         }
     }
 
-    /// -32 times the sum of each token's codes in one half of the columns.
+    /// For a zero of 32, of one half of the columns.
     #[inline(always)]
-    pub fn starts_of_half(&self, half: usize) -> &[i32; M] {
-        &self.starts[4 + half]
+    pub fn starts_of_half(&self, half: usize) -> Starts<'_, M> {
+        Starts { sums: &self.starts[4 + half], pairs: &self.pairs[2 + half..3 + half] }
     }
 }
 

@@ -24,7 +24,7 @@ use super::w8::W8;
 use super::{
     BLOCK, Format, GROUP, GROUP_STEPS, Group, PANEL_ROWS, Packed, Rows, STEP, with_planes,
 };
-use crate::simd::{Codes, Isa, Kernel, LANES};
+use crate::simd::{Codes, Isa, Kernel, LANES, Starts};
 use std::ops::Range;
 
 /// Bytes of a block of the high plane.
@@ -88,7 +88,7 @@ impl InPlanes for W8Planes {
         if !S::WIDENS_BYTES {
             return s.add_dots(codes, x.codes, x.starts_at_128(), (scales, x.scales), acc);
         }
-        let high = s.dots(codes.high, x.codes, &[0; M]);
+        let high = s.dots(codes.high, x.codes, Starts::ZERO);
         let low = s.dots(codes.low, x.codes, x.starts_at_128());
         for m in 0..M {
             // Exact: an integer below 2^24.

@@ -2,10 +2,13 @@
 //!
 //! Without VNNI a dot product of bytes is `vpmaddubsw`, which adds two products in 16 bits and
 //! saturates. Codes up to 15 leave room for a whole group: 16 * 2 * 15 * 127 / 2 = 30 480 after
-//! eight steps; up to 31 for four steps, up to 63 for two. Codes of a byte are widened at once, as |w| and x
-//! with the sign of w.
+//! eight steps; up to 31 for four steps, up to 63 for two. Twice as many fit if the sums begin with minus the
+//! zero times those of x (32 512 for codes from -16 to 15 after eight steps): sums of sums wrap around, so
+//! only the last must fit. Codes of a byte are widened at once, as |w| and x with the sign of w.
 
-use super::{Bytes, Codes, Isa, Kernel, LANES, StackLine, add_scaled, add_scaled_of, each_token};
+use super::{
+    Bytes, Codes, Isa, Kernel, LANES, StackLine, Starts, add_scaled, add_scaled_of, each_token,
+};
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`.
@@ -59,9 +62,10 @@ macro_rules! both {
     };
 }
 
-/// Products of pairs of codes whose sum 16 bits hold: 127 (2^bits - 1) 2 run < 2^15.
-const fn run(bits: u32) -> usize {
-    1 << (7 - bits)
+/// Steps whose products 16 bits hold: 127 (2^bits - 1) 2 run < 2^15, or 127 2^(bits - 1) 2 run if they begin
+/// with the zero of the codes.
+fn run<const M: usize>(bits: u32, starts: Starts<'_, M>) -> usize {
+    if starts.pairs.is_empty() { 1 << (7 - bits) } else { 1 << (8 - bits) }
 }
 
 /// The first or the second eight rows of a vector of codes.
@@ -90,19 +94,31 @@ impl<const VNNI: bool> Avx2<VNNI> {
         self,
         codes: [__m256i; N],
         x: &[[[i8; 4]; M]; N],
-        start: i32,
+        starts: Starts<'_, M>,
         m: usize,
     ) -> __m256i {
-        let mut sum = op!(_mm256_set1_epi32(start));
-        for first in (0..N).step_by(run(C::BITS)) {
-            let x = |t: usize| self.splat_bytes(x[t][m]);
-            let mut pairs = op!(_mm256_maddubs_epi16(codes[first], x(first)));
-            for t in first + 1..N.min(first + run(C::BITS)) {
-                pairs = self.add_nibbles(pairs, codes[t], x(t));
+        let mut sum = self.start_sum(starts, m);
+        let length = run(C::BITS, starts);
+        for first in (0..N).step_by(length) {
+            let mut pairs = self.start_pairs(starts, first / length, m);
+            for t in first..N.min(first + length) {
+                pairs = self.add_nibbles(pairs, codes[t], self.splat_bytes(x[t][m]));
             }
             sum = op!(_mm256_add_epi32(sum, self.pairs_of_nibbles(pairs)));
         }
         sum
+    }
+
+    /// What sums of 32 bits begin with, which may be done by those of 16.
+    #[inline(always)]
+    fn start_sum<const M: usize>(self, starts: Starts<'_, M>, m: usize) -> __m256i {
+        op!(_mm256_set1_epi32(if starts.pairs.is_empty() { starts.sums[m] } else { 0 }))
+    }
+
+    /// What the sums of 16 bits of a run of steps begin with.
+    #[inline(always)]
+    fn start_pairs<const M: usize>(self, starts: Starts<'_, M>, run: usize, m: usize) -> __m256i {
+        op!(_mm256_set1_epi32(starts.pairs.get(run).map_or(0, |pairs| pairs[m])))
     }
 
     /// acc + dots times scales, of eight rows.
@@ -373,12 +389,12 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         both!(_mm256_add_epi32(a, b))
     }
     #[inline(always)]
-    fn sum_i32(self, a: Self::I) -> i32 {
+    fn sum_pairs(self, a: Self::I) -> [i32; 2] {
         op!({
             let a = _mm256_add_epi32(a[0], a[1]);
             let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
-            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b01_00_11_10>(a));
-            _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32::<0b10_11_00_01>(a)))
+            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b10_11_00_01>(a));
+            [_mm_cvtsi128_si32(a), _mm_extract_epi32::<2>(a)]
         })
     }
     #[inline(always)]
@@ -486,7 +502,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         self,
         codes: C,
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
     ) -> [Self::I; M] {
         if VNNI || C::BITS == 8 {
             return each_token::dots(self, codes, x, starts);
@@ -495,7 +511,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         for half in 0..2 {
             let w = codes.steps(self, |bytes| eight_rows(bytes, half));
             for m in 0..M {
-                out[m][half] = self.dots_of_eight::<C, N, M>(w, x, starts[m], m);
+                out[m][half] = self.dots_of_eight::<C, N, M>(w, x, starts, m);
             }
         }
         out
@@ -505,7 +521,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         self,
         codes: C,
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
@@ -515,19 +531,20 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         for half in 0..2 {
             let w = codes.steps(self, |bytes| eight_rows(bytes, half));
             for m in 0..M {
-                let dots = self.dots_of_eight::<C, N, M>(w, x, starts[m], m);
+                let dots = self.dots_of_eight::<C, N, M>(w, x, starts, m);
                 acc[m][half] = self.scale_eight(dots, scales.0[half], scales.1[m], acc[m][half]);
             }
         }
     }
 
-    // Running products are two registers of 16 a token, or three where sums of 16 bits become sums of 32 on
+    // Running products are two registers of 16 a token, or more where sums of 16 bits become sums of 32 on
     // the way; the float accumulators of a tile are in the cache.
     #[inline(always)]
-    fn register_tokens(bits: u32) -> usize {
+    fn register_tokens(bits: u32, centred: bool) -> usize {
         match bits {
             _ if VNNI => 4,
             4 => 6,
+            5 if centred => 6,
             _ => 3,
         }
     }
@@ -536,7 +553,7 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         self,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
         first: usize,
@@ -547,14 +564,18 @@ impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
         let mut sums = [[op!(_mm256_setzero_si256()); 2]; T];
         for i in 0..T {
-            sums[i] = [op!(_mm256_set1_epi32(starts[first + i])); 2];
+            sums[i] = [self.start_sum(starts, first + i); 2];
         }
-        for t in (0..N).step_by(run(BITS)) {
-            let mut pairs = [[op!(_mm256_setzero_si256()); 2]; T];
-            for u in t..N.min(t + run(BITS)) {
-                let w = [eight_rows(&codes[u], 0), eight_rows(&codes[u], 1)];
+        let length = run(BITS, starts);
+        for begin in (0..N).step_by(length) {
+            let mut pairs = sums;
+            for i in 0..T {
+                pairs[i] = [self.start_pairs(starts, begin / length, first + i); 2];
+            }
+            for t in begin..N.min(begin + length) {
+                let w = [eight_rows(&codes[t], 0), eight_rows(&codes[t], 1)];
                 for i in 0..T {
-                    let x = self.splat_bytes(x[u][first + i]);
+                    let x = self.splat_bytes(x[t][first + i]);
                     for half in 0..2 {
                         pairs[i][half] = self.add_nibbles(pairs[i][half], w[half], x);
                     }

@@ -238,8 +238,14 @@ impl Isa for Avx512 {
         op!(_mm512_add_epi32(a, b))
     }
     #[inline(always)]
-    fn sum_i32(self, a: Self::I) -> i32 {
-        op!(_mm512_reduce_add_epi32(a))
+    fn sum_pairs(self, a: Self::I) -> [i32; 2] {
+        op!({
+            let high = _mm512_extracti64x4_epi64::<1>(a);
+            let a = _mm256_add_epi32(_mm512_castsi512_si256(a), high);
+            let a = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let a = _mm_add_epi32(a, _mm_shuffle_epi32::<0b10_11_00_01>(a));
+            [_mm_cvtsi128_si32(a), _mm_extract_epi32::<2>(a)]
+        })
     }
     #[inline(always)]
     fn store_i32(self, a: Self::I, y: &mut [i32; LANES]) {
@@ -265,7 +271,7 @@ impl Isa for Avx512 {
     // Their integer and float accumulators leave 8 of 32 registers for weights and scales. 14 of each fit
     // too, but a Zen 5 reads prompts in w4 3 % slower with them, and a Zen 4 no faster.
     #[inline(always)]
-    fn register_tokens(_: u32) -> usize {
+    fn register_tokens(_: u32, _: bool) -> usize {
         TILE_TOKENS
     }
     #[inline(always)]

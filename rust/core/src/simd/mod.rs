@@ -60,6 +60,23 @@ pub trait Codes<const N: usize>: Copy {
     fn steps<V: Copy, S: Bytes<V>>(self, s: S, load: impl Fn(&[u8; 4 * LANES]) -> V) -> [V; N];
 }
 
+/// What dot products of codes with M tokens begin with, so that a code may stand for itself less a zero:
+/// minus the zero times the sum of each token's numbers.
+#[derive(Clone, Copy)]
+pub struct Starts<'a, const M: usize> {
+    pub sums: &'a [i32; M],
+    /// The same apart for the first and the last two columns of each step, an `i16` each, the first in the low
+    /// half; of all columns or of each half of them. With it sums of products stay near zero: an instruction
+    /// set that adds in 16 bits may go past them on the way, since what is left in the end fits. Empty if it
+    /// does not, or if fewer bits are enough.
+    pub pairs: &'a [[i32; M]],
+}
+
+impl<const M: usize> Starts<'_, M> {
+    /// Of codes that stand for themselves.
+    pub const ZERO: Self = Starts { sums: &[0; M], pairs: &[] };
+}
+
 /// The codes of all rows, a vector for each step.
 #[inline(always)]
 pub fn unpack<S: Isa, C: Codes<N>, const N: usize>(s: S, codes: C) -> [S::B; N] {
@@ -131,7 +148,14 @@ pub trait Isa: Bytes<Self::B> + Send + Sync + 'static {
     /// 2^n for n in -126..=127.
     fn exp2i(self, n: Self::I) -> Self::F;
     fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
-    fn sum_i32(self, a: Self::I) -> i32;
+    /// Sums over the first two lanes of each four, and over the last two.
+    fn sum_pairs(self, a: Self::I) -> [i32; 2];
+    /// Sum over the lanes.
+    #[inline(always)]
+    fn sum_i32(self, a: Self::I) -> i32 {
+        let [first, last] = self.sum_pairs(a);
+        first.wrapping_add(last)
+    }
     fn store_i32(self, a: Self::I, y: &mut [i32; LANES]);
     /// The lanes as signed bytes. They must fit.
     fn store_i8(self, a: Self::I, y: &mut [i8; LANES]);
@@ -168,7 +192,7 @@ pub trait Isa: Bytes<Self::B> + Send + Sync + 'static {
         self,
         codes: C,
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
     ) -> [Self::I; M] {
         each_token::dots(self, codes, x, starts)
     }
@@ -178,7 +202,7 @@ pub trait Isa: Bytes<Self::B> + Send + Sync + 'static {
         self,
         codes: C,
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
@@ -190,11 +214,11 @@ pub trait Isa: Bytes<Self::B> + Send + Sync + 'static {
         self,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
     ) {
-        let most = Self::register_tokens(BITS);
+        let most = Self::register_tokens(BITS, !starts.pairs.is_empty());
         if M <= most {
             return self.add_codes_of::<BITS, N, M, M>(codes, x, starts, scales, acc, 0);
         }
@@ -213,14 +237,15 @@ pub trait Isa: Bytes<Self::B> + Send + Sync + 'static {
         }
     }
     /// Tokens whose dot products with codes of so many bits fit the registers: up to six, or a tile.
-    fn register_tokens(bits: u32) -> usize;
+    /// centred: whether sums of pairs begin with the codes' zero.
+    fn register_tokens(bits: u32, centred: bool) -> usize;
     /// `add_codes` for the T tokens from `first`.
     #[inline(always)]
     fn add_codes_of<const BITS: u32, const N: usize, const M: usize, const T: usize>(
         self,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
         first: usize,
@@ -266,7 +291,7 @@ fn add_scaled_of<S: Isa, const M: usize, const T: usize>(
 
 /// Products of codes with several tokens, one after the other.
 pub mod each_token {
-    use super::{Codes, Isa, LANES, unpack};
+    use super::{Codes, Isa, LANES, Starts, unpack};
 
     /// See [`Isa::dots`].
     #[inline(always)]
@@ -274,7 +299,7 @@ pub mod each_token {
         s: S,
         codes: C,
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
     ) -> [S::I; M] {
         let codes = unpack(s, codes);
         of_steps::<S, N, M, M>(s, C::BITS, |t| codes[t], x, starts, 0)
@@ -286,7 +311,7 @@ pub mod each_token {
         s: S,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         first: usize,
     ) -> [S::I; T] {
         of_steps(s, BITS, |t| s.load_bytes(&codes[t]), x, starts, first)
@@ -298,7 +323,7 @@ pub mod each_token {
         bits: u32,
         codes: impl Fn(usize) -> S::B,
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         first: usize,
     ) -> [S::I; T] {
         let mut out = [s.splat_i32(0); T];
@@ -315,20 +340,20 @@ pub mod each_token {
         if bits == 4 {
             let mut acc = [s.start_nibbles(0); T];
             for m in 0..T {
-                acc[m] = s.start_nibbles(starts[first + m]);
+                acc[m] = s.start_nibbles(starts.sums[first + m]);
             }
             products!(acc, dot_nibbles);
             for m in 0..T {
-                out[m] = s.end_nibbles(acc[m], starts[first + m]);
+                out[m] = s.end_nibbles(acc[m], starts.sums[first + m]);
             }
         } else if bits < 8 {
             for m in 0..T {
-                out[m] = s.splat_i32(starts[first + m]);
+                out[m] = s.splat_i32(starts.sums[first + m]);
             }
             products!(out, dot_codes);
         } else {
             for m in 0..T {
-                out[m] = s.start_bytes(starts[first + m]);
+                out[m] = s.start_bytes(starts.sums[first + m]);
             }
             products!(out, dot_bytes);
         }
@@ -455,5 +480,141 @@ impl Cpu {
 impl std::fmt::Debug for Cpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Codes of `BITS` bits, a byte each.
+    #[derive(Clone, Copy)]
+    struct Plain<'a, const BITS: u32, const N: usize>(&'a [[u8; 4 * LANES]; N]);
+
+    impl<const BITS: u32, const N: usize> Codes<N> for Plain<'_, BITS, N> {
+        const BITS: u32 = BITS;
+
+        #[inline(always)]
+        fn steps<V: Copy, S: Bytes<V>>(self, _: S, load: impl Fn(&[u8; 4 * LANES]) -> V) -> [V; N] {
+            let mut steps = [load(&self.0[0]); N];
+            for t in 1..N {
+                steps[t] = load(&self.0[t]);
+            }
+            steps
+        }
+    }
+
+    struct Dots<'a, const BITS: u32, const N: usize, const M: usize> {
+        codes: &'a [[u8; 4 * LANES]; N],
+        x: &'a [[[i8; 4]; M]; N],
+        starts: Starts<'a, M>,
+    }
+
+    impl<const BITS: u32, const N: usize, const M: usize> Kernel for Dots<'_, BITS, N, M> {
+        /// As `dots`, `add_dots` and `add_codes` have them.
+        type Output = [[[f32; LANES]; M]; 3];
+        #[inline(always)]
+        fn run<S: Isa>(self, s: S) -> Self::Output {
+            let Dots { codes, x, starts } = self;
+            let plain = Plain::<BITS, N>(codes);
+            let mut sums = [[s.splat(0.0); M]; 3];
+            let dots = s.dots(plain, x, starts);
+            for m in 0..M {
+                sums[0][m] = s.to_f32(dots[m]);
+            }
+            let scales = (s.splat(1.0), &[1.0; M]);
+            s.add_dots(plain, x, starts, scales, &mut sums[1]);
+            s.add_codes::<BITS, N, M>(codes, x, starts, scales, &mut sums[2]);
+            let mut out = [[[0.0; LANES]; M]; 3];
+            for (sums, out) in sums.iter().zip(&mut out) {
+                for m in 0..M {
+                    s.store(sums[m], &mut out[m]);
+                }
+            }
+            out
+        }
+    }
+
+    /// Compares products of the least and the greatest codes and numbers with sums of integers.
+    ///
+    /// zero: what a code of 0 stands for, negated.
+    fn check_extremes<const BITS: u32, const N: usize, const M: usize>(cpu: Cpu, zero: i32) {
+        let greatest = ((1u32 << BITS) - 1) as u8;
+        // A code of 8 bits with its zero stands for -127 to 127.
+        let least = if BITS == 8 { 1 } else { 0 };
+        for pattern in 0..256 {
+            // Signs by place in a step and by step, other ones in each row and token.
+            let sign = |t: usize, i: usize, k: usize| {
+                pattern >> (i % 4) & 1 ^ pattern >> (4 + t / 2 % 4) & 1 ^ k & 1
+            };
+            let codes: [[u8; 4 * LANES]; N] = std::array::from_fn(|t| {
+                std::array::from_fn(|i| if sign(t, i, i / 4) == 0 { least } else { greatest })
+            });
+            let x: [[[i8; 4]; M]; N] = std::array::from_fn(|t| {
+                std::array::from_fn(|m| {
+                    std::array::from_fn(|i| match (m / 2, sign(t, i, m)) {
+                        (0, 0) | (1, _) => 127,
+                        _ => -127,
+                    })
+                })
+            });
+            let columns = |t: usize, m: usize| x[t][m].map(i32::from);
+            let sums =
+                std::array::from_fn(|m| -zero * (0..N).flat_map(|t| columns(t, m)).sum::<i32>());
+            // Of six bits half a group at a time, of fewer all of it.
+            let runs = match (BITS, zero) {
+                (8, _) | (_, 0) => 0,
+                (6, _) => N / 4,
+                _ => 1,
+            };
+            let pairs: Vec<[i32; M]> = (0..runs)
+                .map(|run| {
+                    std::array::from_fn(|m| {
+                        let steps = || N * run / runs..N * (run + 1) / runs;
+                        let sum = |i: usize| {
+                            let sum: i32 =
+                                steps().map(|t| columns(t, m)[i] + columns(t, m)[i + 1]).sum();
+                            i16::try_from(-zero * sum).expect("16 bits are enough")
+                        };
+                        i32::from(sum(0)) & 0xffff | i32::from(sum(2)) << 16
+                    })
+                })
+                .collect();
+            let starts = Starts { sums: &sums, pairs: &pairs };
+            let got = cpu.run(Dots::<BITS, N, M> { codes: &codes, x: &x, starts });
+            for (m, row) in (0..M).flat_map(|m| (0..LANES).map(move |row| (m, row))) {
+                let want: i32 = (0..N)
+                    .flat_map(|t| (0..4).map(move |i| (t, i)))
+                    .map(|(t, i)| (i32::from(codes[t][4 * row + i]) - zero) * i32::from(x[t][m][i]))
+                    .sum();
+                for (way, got) in got.iter().enumerate() {
+                    let what = format!("{cpu:?}, {BITS} bits, way {way}, pattern {pattern:#x}");
+                    assert_eq!(got[m][row], want as f32, "{what}, token {m}, row {row}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn dot_products_of_the_largest_numbers_are_exact() {
+        fn check<const M: usize>(cpu: Cpu) {
+            for zero in [0, 8] {
+                check_extremes::<4, 8, M>(cpu, zero);
+            }
+            for zero in [0, 16] {
+                check_extremes::<5, 8, M>(cpu, zero);
+            }
+            for zero in [0, 32] {
+                check_extremes::<6, 8, M>(cpu, zero);
+                check_extremes::<6, 4, M>(cpu, zero);
+            }
+            check_extremes::<8, 8, M>(cpu, 128);
+        }
+        for cpu in Cpu::all() {
+            check::<1>(cpu);
+            check::<2>(cpu);
+            check::<5>(cpu);
+            check::<12>(cpu);
+        }
     }
 }

@@ -15,7 +15,7 @@
 //! A token left over takes `sdot`. `sdot`, `smmla` and `prfm` are written as assembly: there is no
 //! stable intrinsic.
 
-use super::{Bytes, Codes, Isa, Kernel, LANES, add_scaled_of, each_token, unpack};
+use super::{Bytes, Codes, Isa, Kernel, LANES, Starts, add_scaled_of, each_token, unpack};
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
@@ -459,8 +459,12 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         each!(vaddq_s32(a, b))
     }
     #[inline(always)]
-    fn sum_i32(self, a: Self::I) -> i32 {
-        op!(vaddvq_s32(vaddq_s32(vaddq_s32(a[0], a[1]), vaddq_s32(a[2], a[3]))))
+    fn sum_pairs(self, a: Self::I) -> [i32; 2] {
+        op!({
+            let fours = vaddq_s32(vaddq_s32(a[0], a[1]), vaddq_s32(a[2], a[3]));
+            let pairs = vpadd_s32(vget_low_s32(fours), vget_high_s32(fours));
+            [vget_lane_s32::<0>(pairs), vget_lane_s32::<1>(pairs)]
+        })
     }
     #[inline(always)]
     fn store_i32(self, a: Self::I, y: &mut [i32; LANES]) {
@@ -568,7 +572,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         self,
         codes: C,
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
     ) -> [Self::I; M] {
         if !I8MM || M == 1 {
             return each_token::dots(self, codes, x, starts);
@@ -581,12 +585,12 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
             // SAFETY: `self` proves the instructions.
             unsafe { products_of_pairs(&mut acc, first, second, [&x[t], &x[t + 1]]) };
         }
-        self.part_pairs(acc, if C::BITS == 8 { &[0; M] } else { starts })
+        self.part_pairs(acc, if C::BITS == 8 { &[0; M] } else { starts.sums })
     }
     // Running products are four registers of 32 a token: two pairs of tokens leave 16. The float accumulators
     // of a tile are in the cache.
     #[inline(always)]
-    fn register_tokens(_: u32) -> usize {
+    fn register_tokens(_: u32, _: bool) -> usize {
         4
     }
     #[inline(always)]
@@ -594,7 +598,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
         self,
         codes: &[[u8; 4 * LANES]; N],
         x: &[[[i8; 4]; M]; N],
-        starts: &[i32; M],
+        starts: Starts<'_, M>,
         scales: (Self::F, &[f32; M]),
         acc: &mut [Self::F; M],
         first: usize,
@@ -609,7 +613,7 @@ impl<const DOTPROD: bool, const I8MM: bool> Isa for Neon<DOTPROD, I8MM> {
                 // SAFETY: `self` proves the instructions.
                 unsafe { products_of_pairs(&mut acc, first, second, x) };
             }
-            let starts = starts[first..].first_chunk::<T>().expect("T tokens");
+            let starts = starts.sums[first..].first_chunk::<T>().expect("T tokens");
             self.part_pairs(acc, if BITS == 8 { &[0; T] } else { starts })
         } else {
             each_token::unpacked::<Self, BITS, N, M, T>(self, codes, x, starts, first)

@@ -188,8 +188,12 @@ impl Isa for Portable {
         zip(a, b, |a, b| a.wrapping_add(b))
     }
     #[inline(always)]
-    fn sum_i32(self, a: Self::I) -> i32 {
-        a.into_iter().fold(0, i32::wrapping_add)
+    fn sum_pairs(self, a: Self::I) -> [i32; 2] {
+        let mut sums = [0i32; 2];
+        for (lane, a) in a.into_iter().enumerate() {
+            sums[lane / 2 % 2] = sums[lane / 2 % 2].wrapping_add(a);
+        }
+        sums
     }
     #[inline(always)]
     fn store_i32(self, a: Self::I, y: &mut [i32; LANES]) {
@@ -209,7 +213,7 @@ impl Isa for Portable {
         *y = b;
     }
     #[inline(always)]
-    fn register_tokens(_: u32) -> usize {
+    fn register_tokens(_: u32, _: bool) -> usize {
         4
     }
     #[inline(always)]
