@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::kernels::attention::{self, Partial, ROWS};
 use crate::kernels::attention_q8::{self, Q8Positions, Q8Rows};
-use crate::kernels::delta_rule::{KeyQueries, MAX_CHUNK, MAX_TOKENS, PendingKeys, ValueHead};
+use crate::kernels::delta_rule::{KeyQueries, MAX_TOKENS, PendingKeys, ValueHead, WINDOW};
 use crate::kernels::matmul;
 use crate::kernels::outputs::Outputs;
 use crate::kernels::quantize::QuantTile;
@@ -122,7 +122,7 @@ pub fn delta_rule(cpu: Cpu, heads: usize, tokens: usize, ask: Ask, repeats: usiz
         ask,
     };
     // Once through the window, so that all memory has been written.
-    for _ in 0..MAX_CHUNK + 1 {
+    for _ in 0..WINDOW + 1 {
         cpu.run(&mut step);
     }
     let start = Instant::now();
@@ -150,7 +150,7 @@ impl Kernel for &mut Step {
         for (head, pending) in &mut self.heads {
             let d = self.v.len() / self.gates.len();
             pending.ask_isa(s, self.ask);
-            head.ask_isa(s, self.ask);
+            head.ask_isa(s, self.ask, pending);
             next.fill_isa(s, d, &self.q, &self.k, pending);
             let (v, y) = (Columns::all(&self.v, d), ColumnsMut::all(&mut self.y, d));
             head.step_isa(s, self.ask, (&next, pending), &self.gates, v, y);

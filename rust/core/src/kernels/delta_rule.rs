@@ -7,8 +7,8 @@
 //! S is stored in blocks of 16 columns, [d_v / 16, d_k, 16]: columns are independent, a block stays
 //! in the first-level cache for all tokens of a call, and no product needs a horizontal sum.
 //!
-//! The update is deferred. A window of up to [`Isa::DELTA_TOKENS`] tokens is pending: S is as it was
-//! before them. A pass over a block takes the next chunk of tokens. If they fit into the window, it
+//! The update is deferred. A window of up to [`WINDOW`] tokens is pending: S is as it was before them. A pass
+//! over a block takes the next chunk of tokens, up to [`Isa::DELTA_TOKENS`]. If they fit into the window, it
 //! only reads S; otherwise it adds the update of the window to each row while it reads S, and they
 //! are a new window. So single tokens write S once in a while. With G_t = g_1 + .. + g_t inside a
 //! window,
@@ -22,12 +22,16 @@
 use super::{Ask, Columns, ColumnsMut, dot, load_some, store_some};
 use crate::simd::{Isa, LANES};
 
-/// The most tokens in a chunk and in a window, on any instruction set.
-pub const MAX_CHUNK: usize = 4;
+/// The most tokens in a window, and in a chunk on any instruction set. With eight, single tokens would write
+/// the states half as often, but read more keys and errors: on an Emerald Rapids they then took longer.
+pub const WINDOW: usize = 4;
 
 /// Bytes between the row in work and the one that memory is asked for. Of 4 to 24 KiB this was best on a
 /// Zen 5, by 0.94 of the time with 8 KiB.
 const STATE_AHEAD: usize = 12288;
+
+/// Rows of a block that are asked for at once, an even number.
+const ASK_ROWS: usize = 8;
 
 /// Columns of state that a value head's rows are padded to.
 pub fn padded(d_v: usize) -> usize {
@@ -50,8 +54,8 @@ struct Chunk {
     /// [d_k, 2, tokens]: a row's keys, then its queries.
     rows: Vec<f32>,
     /// k_t . k_s and q_t . k_s, where s counts the tokens of the window.
-    kk: [[f32; MAX_CHUNK]; MAX_CHUNK],
-    qk: [[f32; MAX_CHUNK]; MAX_CHUNK],
+    kk: [[f32; WINDOW]; WINDOW],
+    qk: [[f32; WINDOW]; WINDOW],
 }
 
 impl KeyQueries {
@@ -75,11 +79,12 @@ impl KeyQueries {
         self.keys.extend_from_slice(k);
         let tokens = k.len() / d_k;
         self.chunks.resize_with(tokens.div_ceil(S::DELTA_TOKENS), Chunk::default);
+        let joins = tokens <= S::DELTA_TOKENS && before.tokens + tokens <= WINDOW;
         for (c, chunk) in self.chunks.iter_mut().enumerate() {
             let first = c * S::DELTA_TOKENS;
             let n = S::DELTA_TOKENS.min(tokens - first);
             chunk.tokens = n;
-            chunk.kept = if before.tokens + tokens <= S::DELTA_TOKENS { before.tokens } else { 0 };
+            chunk.kept = if joins { before.tokens } else { 0 };
             chunk.rows.resize(2 * n * d_k, 0.0);
             let (k, q) = (&k[first * d_k..], &q[first * d_k..]);
             match n {
@@ -122,19 +127,19 @@ fn interleave<const T: usize>(k: &[f32], q: &[f32], out: &mut [f32]) {
 #[derive(Clone)]
 pub struct PendingKeys {
     tokens: usize,
-    keys: Vec<f32>, // [MAX_CHUNK, d_k]
+    keys: Vec<f32>, // [WINDOW, d_k]
 }
 
 impl PendingKeys {
     /// None yet.
     pub fn new(d_k: usize) -> PendingKeys {
-        PendingKeys { tokens: 0, keys: vec![0.0; MAX_CHUNK * d_k] }
+        PendingKeys { tokens: 0, keys: vec![0.0; WINDOW * d_k] }
     }
 
     /// Asks for what [`KeyQueries::fill_isa`] reads.
     #[inline(always)]
     pub fn ask_isa<S: Isa>(&self, s: S, ask: Ask) {
-        ask.lines(s, &self.keys[..self.keys.len() / MAX_CHUNK * self.tokens], usize::MAX);
+        ask.lines(s, &self.keys[..self.keys.len() / WINDOW * self.tokens], usize::MAX);
     }
 
     /// To be called when all value heads have taken `next`.
@@ -153,7 +158,7 @@ impl PendingKeys {
 
     /// Bytes on the heap.
     pub fn bytes_of(d_k: usize) -> usize {
-        4 * MAX_CHUNK * d_k
+        4 * WINDOW * d_k
     }
 
     pub fn bytes(&self) -> usize {
@@ -164,9 +169,10 @@ impl PendingKeys {
 /// Recurrent state of one value head.
 #[derive(Clone)]
 pub struct ValueHead {
-    state: Vec<[f32; LANES]>, // [d_v / 16, d_k]
-    /// Update of the window: exp(G_A - G_s) e_s, [d_v / 16, MAX_CHUNK].
-    pending: Vec<[[f32; LANES]; MAX_CHUNK]>,
+    state: Vec<[f32; LANES]>,             // [d_v / 16, d_k]
+    pending: Vec<[[f32; LANES]; WINDOW]>, // e_s of the window, [d_v / 16, WINDOW]
+    /// exp(G_A - G_s) of the window.
+    since: [f32; WINDOW],
     /// exp(G_A) of the window.
     decay: f32,
 }
@@ -174,20 +180,19 @@ pub struct ValueHead {
 /// Factors of one chunk that do not depend on the column. s counts the tokens of the window.
 #[derive(Clone, Copy, Default)]
 struct Factors {
-    decay: [f32; MAX_CHUNK],           // exp(G_t), from the start of the chunk
-    kk: [[f32; MAX_CHUNK]; MAX_CHUNK], // exp(G_t - G_s) k_t . k_s
-    qk: [[f32; MAX_CHUNK]; MAX_CHUNK], // exp(G_t - G_s) q_t . k_s
-    rest: [f32; MAX_CHUNK],            // exp(G_T - G_s)
+    decay: [f32; WINDOW],        // exp(G_t), from the start of the chunk
+    kk: [[f32; WINDOW]; WINDOW], // exp(G_t - G_s) k_t . k_s
+    qk: [[f32; WINDOW]; WINDOW], // exp(G_t - G_s) q_t . k_s
+    since: [f32; WINDOW],        // exp(G_T - G_s)
 }
 
 impl Factors {
-    /// gates: (g, beta) of the chunk's tokens.
-    fn new(chunk: &Chunk, gates: &[(f32, f32)]) -> Factors {
+    /// gates: (g, beta) of the chunk's tokens; before: exp(G_t - G_s) of what is kept, up to the chunk.
+    fn new(chunk: &Chunk, gates: &[(f32, f32)], before: &[f32; WINDOW]) -> Factors {
         let mut f = Factors::default();
         let mut product = 1.0;
-        // exp(G_t - G_s); what is kept has its decay up to the start of the chunk.
-        let mut since = [0.0; MAX_CHUNK];
-        since[..chunk.kept].fill(1.0);
+        let mut since = [0.0; WINDOW];
+        since[..chunk.kept].copy_from_slice(&before[..chunk.kept]);
         for t in 0..chunk.tokens {
             let decay = gates[t].0.exp();
             let now = chunk.kept + t;
@@ -200,7 +205,7 @@ impl Factors {
                 f.qk[t][s] = since[s] * chunk.qk[t][s];
             }
         }
-        f.rest = since;
+        f.since = since;
         f
     }
 }
@@ -211,15 +216,18 @@ impl ValueHead {
         let blocks = padded(d_v) / LANES;
         ValueHead {
             state: vec![[0.0; LANES]; blocks * d_k],
-            pending: vec![[[0.0; LANES]; MAX_CHUNK]; blocks],
+            pending: vec![[[0.0; LANES]; WINDOW]; blocks],
+            since: [0.0; WINDOW],
             decay: 1.0,
         }
     }
 
-    /// Asks for what [`ValueHead::step_isa`] reads first.
+    /// Asks for what [`ValueHead::step_isa`] reads first. before: the pending keys from earlier.
     #[inline(always)]
-    pub fn ask_isa<S: Isa>(&self, s: S, ask: Ask) {
-        ask.lines(s, self.pending.as_flattened().as_flattened(), usize::MAX);
+    pub fn ask_isa<S: Isa>(&self, s: S, ask: Ask, before: &PendingKeys) {
+        for pending in &self.pending {
+            ask.lines(s, pending[..before.tokens].as_flattened(), usize::MAX);
+        }
         ask.lines(s, self.state.as_flattened(), STATE_AHEAD);
     }
 
@@ -243,27 +251,30 @@ impl ValueHead {
         let mut factors = [Factors::default(); MAX_CHUNKS];
         let mut first = 0;
         for (f, chunk) in factors.iter_mut().zip(&next.chunks) {
-            *f = Factors::new(chunk, &gates[first..]);
+            *f = Factors::new(chunk, &gates[first..], &self.since);
             first += chunk.tokens;
         }
         for (b, pending) in self.pending.iter_mut().enumerate() {
             let block = &mut self.state[b * d_k..][..d_k];
             let cols = b * LANES..((b + 1) * LANES).min(v.width);
             // Of the state before the window, until the update is added.
-            let mut decay = self.decay;
+            let (mut decay, mut since) = (self.decay, &self.since);
             let (mut earlier, mut first) = ((before.tokens, &before.keys[..]), 0);
             for (c, (chunk, f)) in next.chunks.iter().zip(&factors).enumerate() {
                 let (kept, n) = (chunk.kept, chunk.tokens);
                 let update = if kept > 0 { 0 } else { earlier.0 };
-                let window = Window { decay, keys: earlier.1, update: pending };
+                let window =
+                    Window { decay, tokens: update, keys: earlier.1, errors: pending, since };
                 // What the first pass has asked for is there for the next ones.
                 let ask = if c == 0 { ask } else { Ask::No };
-                let mut p = [s.splat(0.0); MAX_CHUNK];
-                let mut o = [s.splat(0.0); MAX_CHUNK];
+                let mut p = [s.splat(0.0); WINDOW];
+                let mut o = [s.splat(0.0); WINDOW];
+                // A window of more tokens than a chunk takes the code of a full one.
+                let code = if update <= S::DELTA_TOKENS { update } else { WINDOW };
                 macro_rules! passes {
                     ($($a:literal: $($t:literal)*;)*) => {
-                        match (update, n) {
-                            $($(($a, $t) if usize::max($a, $t) <= S::DELTA_TOKENS => {
+                        match (code, n) {
+                            $($(($a, $t) if usize::max($a % WINDOW, $t) <= S::DELTA_TOKENS => {
                                 pass::<S, $a, $t>(
                                     s, block, &window, &chunk.rows, ask,
                                     (&mut p[..$t]).try_into().expect("t products"),
@@ -278,7 +289,7 @@ impl ValueHead {
                 if update > 0 {
                     decay = 1.0;
                 }
-                let mut e = [s.splat(0.0); MAX_CHUNK];
+                let mut e = [s.splat(0.0); WINDOW];
                 for (e, kept) in e.iter_mut().zip(&pending[..kept]) {
                     *e = s.load(kept);
                 }
@@ -297,10 +308,10 @@ impl ValueHead {
                     out = s.fma(now, s.splat(f.qk[t][kept + t]), out);
                     store_some(s, out, y.part(row, cols.clone()));
                 }
-                for u in 0..kept + n {
-                    s.store(s.mul(e[u], s.splat(f.rest[u])), &mut pending[u]);
+                for u in kept..kept + n {
+                    s.store(e[u], &mut pending[u]);
                 }
-                decay *= f.decay[n - 1];
+                (decay, since) = (decay * f.decay[n - 1], &f.since);
                 earlier = (n, &next.keys[first * d_k..]);
                 first += n;
             }
@@ -311,6 +322,7 @@ impl ValueHead {
                 self.decay = 1.0;
             }
             self.decay *= f.decay[chunk.tokens - 1];
+            self.since = f.since;
             tokens = chunk.tokens;
         }
     }
@@ -322,18 +334,18 @@ impl ValueHead {
             for (i, row) in block.iter_mut().enumerate() {
                 row.iter_mut().for_each(|x| *x *= self.decay);
                 for t in 0..before.tokens {
-                    let k = before.keys[t * d_k + i];
+                    let k = before.keys[t * d_k + i] * self.since[t];
                     row.iter_mut().zip(&pending[t]).for_each(|(x, e)| *x += k * e);
                 }
             }
-            *pending = [[0.0; LANES]; MAX_CHUNK];
+            *pending = [[0.0; LANES]; WINDOW];
         }
         self.decay = 1.0;
     }
 
     /// Bytes on the heap.
     pub fn bytes_of(d_k: usize, d_v: usize) -> usize {
-        4 * padded(d_v) * (d_k + MAX_CHUNK)
+        4 * padded(d_v) * (d_k + WINDOW)
     }
 
     pub fn bytes(&self) -> usize {
@@ -370,13 +382,15 @@ pub const MAX_TOKENS: usize = 32;
 /// The pending tokens, as a block of state takes them up.
 struct Window<'a> {
     decay: f32,
+    tokens: usize,
     keys: &'a [f32], // [tokens.., d_k]
-    update: &'a [[f32; LANES]; MAX_CHUNK],
+    errors: &'a [[f32; LANES]; WINDOW],
+    since: &'a [f32; WINDOW],
 }
 
-/// One pass over a block: adds the update of a window of A tokens to each row, if there are any, and sums
-/// the row times the keys (p) and queries (o) of T tokens. ahead: whether to ask for what lies behind the
-/// block, as the first pass does: of states from memory it takes 0.86 of the time.
+/// One pass over a block: adds the update of a window of up to A tokens to each row, if there are any, and
+/// sums the row times the keys (p) and queries (o) of T tokens. ask: for what lies behind the block, as the
+/// first pass does: of states from memory it takes 0.86 of the time.
 #[inline(always)]
 fn pass<S: Isa, const A: usize, const T: usize>(
     s: S,
@@ -392,24 +406,25 @@ fn pass<S: Isa, const A: usize, const T: usize>(
     let mut e = [decay; A];
     let mut keys: [&[f32]; A] = [&[]; A];
     for a in 0..A {
-        e[a] = s.load(&window.update[a]);
-        keys[a] = &window.keys[a * d_k..][..d_k];
+        // Those that are missing add nothing of the last key.
+        let since = if a < window.tokens { window.since[a] } else { 0.0 };
+        let last = a.min(window.tokens - 1);
+        e[a] = s.mul(s.load(&window.errors[last]), s.splat(since));
+        keys[a] = &window.keys[last * d_k..][..d_k];
     }
     let next: &[[[f32; T]; 2]] = next.as_chunks::<T>().0.as_chunks().0;
-    let next = &next[..d_k];
+    // k: a row's number of each pending key.
     macro_rules! row {
-        ($i:expr, $row:expr, $sums:expr) => {{
-            let ([p, o], row) = ($sums, $row);
-            ask.line(s, &row[..], STATE_AHEAD);
+        ($row:expr, $next:expr, $k:expr, $sums:expr) => {{
+            let ([k, q], [p, o], row) = ($next, $sums, $row);
             let mut x = s.load(row);
             if A > 0 {
                 x = s.mul(x, decay);
                 for a in 0..A {
-                    x = s.fma(e[a], s.splat(keys[a][$i]), x);
+                    x = s.fma(e[a], s.splat($k(a)), x);
                 }
                 s.store(x, row);
             }
-            let [k, q] = &next[$i];
             for t in 0..T {
                 p[t] = s.fma(x, s.splat(k[t]), p[t]);
                 o[t] = s.fma(x, s.splat(q[t]), o[t]);
@@ -419,13 +434,24 @@ fn pass<S: Isa, const A: usize, const T: usize>(
     // The two sums of one token would wait for themselves: those of even and odd rows are apart.
     let mut sums = [[[s.splat(0.0); T]; 2]; 2];
     let odd = usize::from(T == 1);
-    let (pairs, last) = block.as_chunks_mut::<2>();
-    for (j, [even_row, odd_row]) in pairs.iter_mut().enumerate() {
-        row!(2 * j, even_row, &mut sums[0]);
-        row!(2 * j + 1, odd_row, &mut sums[odd]);
+    let (pieces, rest) = block.as_chunks_mut::<ASK_ROWS>();
+    let (next, next_rest) = next[..d_k].as_chunks::<ASK_ROWS>();
+    let mut key_pieces: [&[[f32; ASK_ROWS]]; A] = [&[]; A];
+    for a in 0..A {
+        key_pieces[a] = &keys[a].as_chunks().0[..pieces.len()];
     }
-    if let [last] = last {
-        row!(d_k - 1, last, &mut sums[0]);
+    for (piece, (rows, next)) in pieces.iter_mut().zip(next).enumerate() {
+        ask.run(s, rows, STATE_AHEAD, ASK_ROWS);
+        for even in (0..ASK_ROWS).step_by(2) {
+            let k = |a: usize| key_pieces[a][piece][even];
+            row!(&mut rows[even], &next[even], k, &mut sums[0]);
+            let k = |a: usize| key_pieces[a][piece][even + 1];
+            row!(&mut rows[even + 1], &next[even + 1], k, &mut sums[odd]);
+        }
+    }
+    let first = d_k / ASK_ROWS * ASK_ROWS;
+    for (i, (row, next)) in rest.iter_mut().zip(next_rest).enumerate() {
+        row!(row, next, |a: usize| keys[a][first + i], &mut sums[0]);
     }
     for t in 0..T {
         p[t] = s.add(sums[0][0][t], sums[1][0][t]);
@@ -518,7 +544,16 @@ mod tests {
                     let row = |x: &[f32], d: usize| x[t * d..(t + 1) * d].to_vec();
                     want.extend(twin.step(&row(&q, d_k), &row(&k, d_k), &row(&v, d_v), gates[t]));
                 }
-                for split in [vec![29], vec![1; 29], vec![1, 2, 3, 4, 5, 6, 7, 1], vec![3, 26]] {
+                let splits = [
+                    vec![29],
+                    vec![1; 29],
+                    vec![1, 2, 3, 4, 5, 6, 7, 1],
+                    vec![3, 26],
+                    // Windows of every size that one, several or many more tokens find.
+                    vec![2, 2, 2, 1, 1, 1, 2, 2, 3, 13],
+                    vec![1, 1, 1, 4, 1, 1, 3, 1, 2, 14],
+                ];
+                for split in splits {
                     let mut head = ValueHead::new(d_k, d_v);
                     let mut pending = PendingKeys::new(d_k);
                     let mut y = vec![f32::NAN; tokens * d_v];

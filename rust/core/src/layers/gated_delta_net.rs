@@ -175,7 +175,7 @@ impl Kernel for Unit<'_> {
         }
         self.state.pending.ask_isa(s, ask);
         for value in &self.state.values {
-            value.ask_isa(s, ask);
+            value.ask_isa(s, ask, &self.state.pending);
         }
         let mut first = 0;
         while first < tokens {
