@@ -441,7 +441,7 @@ fn pass<S: Isa, const A: usize, const T: usize>(
         key_pieces[a] = &keys[a].as_chunks().0[..pieces.len()];
     }
     for (piece, (rows, next)) in pieces.iter_mut().zip(next).enumerate() {
-        ask.run(s, rows, STATE_AHEAD, ASK_ROWS);
+        ask.lines_from(s, rows, STATE_AHEAD, ASK_ROWS);
         for even in (0..ASK_ROWS).step_by(2) {
             let k = |a: usize| key_pieces[a][piece][even];
             row!(&mut rows[even], &next[even], k, &mut sums[0]);

@@ -58,12 +58,12 @@ impl Ask {
     /// Asks for the first `bytes` bytes of `x`, or all of it.
     #[inline(always)]
     pub(crate) fn lines<S: Isa>(self, s: S, x: &[f32], bytes: usize) {
-        self.run(s, x, 0, size_of_val(x).min(bytes).div_ceil(LINE));
+        self.lines_from(s, x, 0, size_of_val(x).min(bytes).div_ceil(LINE));
     }
 
     /// Asks for some lines from `x[at..]`, which may lie outside of `x`. at: in bytes.
     #[inline(always)]
-    pub(crate) fn run<S: Isa, T>(self, s: S, x: &[T], at: usize, lines: usize) {
+    pub(crate) fn lines_from<S: Isa, T>(self, s: S, x: &[T], at: usize, lines: usize) {
         // The way is chosen once: a jump for each line takes as long as four rows of a state in cache.
         macro_rules! each {
             ($ask:ident) => {
