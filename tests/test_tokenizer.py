@@ -337,6 +337,12 @@ def split_at(file: dict, pattern: str) -> None:
         (lambda t: t.update(model={"type": "Unigram", "vocab": [["a", 0]]}),
          qdelta.UnsupportedError),
         (lambda t: t.update(version="2.0"), qdelta.UnsupportedError),
+        (lambda t: t["model"].update(dropout=0.1), qdelta.UnsupportedError),
+        (lambda t: t["model"].update(unk_token="a"), qdelta.UnsupportedError),
+        (lambda t: t["model"].update(end_of_word_suffix="</w>"), qdelta.UnsupportedError),
+        (lambda t: t["model"].update(byte_fallback=True), qdelta.UnsupportedError),
+        (lambda t: t["model"].update(ignore_merges=True), qdelta.UnsupportedError),
+        (lambda t: t["model"]["vocab"].update(new=0), qdelta.FileError),
     ],
 )  # fmt: skip
 def test_other_kinds_of_tokenizer(tiny, change, error):

@@ -2,8 +2,8 @@
 
 Two forms exist: `tokenizer.json`, or `vocab.json` with `merges.txt`. Added tokens stand in
 tokenizer.json and in the `added_tokens_decoder` of tokenizer_config.json; either may have some
-that the other lacks, so both are read and joined by id. The byte-level BPE itself is the
-`tokenizers` library's; it gets only what lies between added tokens.
+that the other lacks, so both are read and joined by id. The byte-level BPE itself is the core's;
+it gets only what lies between added tokens.
 """
 
 from __future__ import annotations

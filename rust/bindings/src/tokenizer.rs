@@ -22,7 +22,11 @@ impl Encoder {
         py: Python<'_>,
         content: &[u8],
     ) -> PyResult<(Encoder, Vec<(u32, String, bool, bool)>)> {
-        let read = || qdelta_tokenizer::Encoder::from_tokenizer_json(content);
+        let read = || {
+            let encoder = qdelta_tokenizer::Encoder::from_tokenizer_json(content);
+            return_free_memory();
+            encoder
+        };
         let (inner, added) = detached(py, read)?;
         let added = added.into_iter().map(|token| {
             let exact = !(token.lstrip || token.rstrip || token.single_word);
@@ -38,7 +42,7 @@ impl Encoder {
         merges: Vec<(String, String)>,
         pattern: &str,
     ) -> PyResult<Encoder> {
-        let read = || qdelta_tokenizer::Encoder::from_vocab_and_merges(vocab, merges, pattern);
+        let read = || qdelta_tokenizer::Encoder::from_vocab_and_merges(&vocab, &merges, pattern);
         detached(py, read).map(|inner| Encoder { inner })
     }
 
@@ -51,18 +55,28 @@ impl Encoder {
 
     #[getter]
     fn size(&self) -> u32 {
-        self.inner.size
+        self.inner.size()
     }
 
-    fn token(&self, id: u32) -> Option<String> {
+    fn token(&self, id: u32) -> Option<&str> {
         self.inner.token(id)
     }
 
-    fn tokens(&self) -> HashMap<String, u32> {
+    fn tokens(&self) -> HashMap<&str, u32> {
         self.inner.tokens()
     }
 
-    fn merges(&self, py: Python<'_>) -> PyResult<Vec<(String, String)>> {
-        detached(py, || self.inner.merges())
+    fn merges(&self) -> Vec<(&str, &str)> {
+        self.inner.merges()
+    }
+}
+
+/// Gives memory that is no longer used back to the system: reading a tokenizer takes more than is kept of it, in
+/// blocks that glibc holds on to.
+fn return_free_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: malloc_trim takes its own locks and moves nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
