@@ -15,7 +15,7 @@ pub mod model;
 pub mod pool;
 pub mod profile;
 pub mod quant;
-mod random;
+pub mod random;
 pub mod sensitivity;
 pub mod session;
 pub mod simd;

@@ -1,4 +1,4 @@
-//! Random numbers for synthetic weights and benchmarks.
+//! Random numbers for synthetic weights, benchmarks and tests.
 
 use crate::quant::row_scaled::UNIT_BYTES;
 use crate::quant::{BlockType, Format, affine, k, panel_bytes, two_planes, w4, w8};
@@ -13,11 +13,16 @@ impl Random {
         Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    pub fn next(&mut self) -> u64 {
+    fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Uniform in 0..bound, nearly: for bounds far below 2^64.
+    pub fn below(&mut self, bound: usize) -> usize {
+        ((self.next() >> 11) % bound as u64) as usize
     }
 
     /// Uniform in -scale..scale.

@@ -219,24 +219,12 @@ impl Tokens {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qdelta_core::random::Random;
     use tokenizers::Model;
     use tokenizers::models::bpe::BPE;
 
     type Vocab = Vec<(String, u32)>;
     type Merges = Vec<(String, String)>;
-
-    /// A generator of numbers below a bound (splitmix64).
-    struct Random(u64);
-
-    impl Random {
-        fn below(&mut self, bound: usize) -> usize {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            ((z ^ (z >> 31)) % bound as u64) as usize
-        }
-    }
 
     /// Tokens of a few letters, some with gaps between their ids, and merges of them in any order: ranks
     /// need not grow with length, as they do in trained vocabularies.
@@ -268,7 +256,7 @@ mod tests {
 
     #[test]
     fn words_are_encoded_as_by_the_library() {
-        let mut random = Random(1);
+        let mut random = Random::new(1);
         let mut scratch = Scratch::default();
         for _ in 0..300 {
             let (vocab, merges) = random_tables(&mut random);
@@ -293,7 +281,7 @@ mod tests {
 
     #[test]
     fn tables_are_kept_whole() {
-        let mut random = Random(2);
+        let mut random = Random::new(2);
         for _ in 0..100 {
             let (vocab, merges) = random_tables(&mut random);
             let bpe = tables(&vocab, &merges).unwrap();
