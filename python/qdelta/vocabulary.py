@@ -2,7 +2,7 @@
 
 Two forms exist: `tokenizer.json`, or `vocab.json` with `merges.txt`. Added tokens stand in
 tokenizer.json and in the `added_tokens_decoder` of tokenizer_config.json; either may have some
-that the other lacks, so both are read and joined by id. The byte-level BPE itself is the core's;
+that the other lacks, so both are read and joined by id. The byte-level BPE itself is `_native`'s;
 it gets only what lies between added tokens.
 """
 
