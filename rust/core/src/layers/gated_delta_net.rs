@@ -18,6 +18,7 @@ use crate::profile::Part;
 use crate::simd::{Isa, Kernel};
 use crate::state::{KeyHead, lock};
 use crate::trace::Trace;
+use std::ops::Range;
 use std::sync::Mutex;
 
 pub struct GatedDeltaNet {
@@ -61,6 +62,25 @@ impl Heads {
         match self.order {
             ValueOrder::Grouped => key * self.values_per_key + i,
             ValueOrder::Tiled => i * self.keys + key,
+        }
+    }
+
+    /// The columns of the projections that a part of a key head's convolution reads: q, k, the v of each value
+    /// head.
+    fn convolved(&self, key: usize, part: usize) -> Range<usize> {
+        let (start, width) = match part {
+            0 => (key * self.d_k, self.d_k),
+            1 => ((self.keys + key) * self.d_k, self.d_k),
+            _ => (2 * self.keys * self.d_k + self.value(key, part - 2) * self.d_v, self.d_v),
+        };
+        start..start + width
+    }
+
+    /// Asks for these columns of a row. Rows of a prompt lie too far apart for the hardware to follow.
+    #[inline(always)]
+    fn ask_convolved<S: Isa>(&self, s: S, key: usize, row: &[f32]) {
+        for part in 0..2 + self.values_per_key {
+            Ask::ToL2.lines(s, &row[self.convolved(key, part)], usize::MAX);
         }
     }
 
@@ -177,6 +197,9 @@ impl Kernel for Unit<'_> {
         for value in &self.state.values {
             value.ask_isa(s, ask, &self.state.pending);
         }
+        for row in self.projected.chunks_exact(self.width).take(MAX_TOKENS) {
+            self.layer.heads.ask_convolved(s, self.key, row);
+        }
         let mut first = 0;
         while first < tokens {
             let n = MAX_TOKENS.min(tokens - first);
@@ -191,9 +214,10 @@ impl Unit<'_> {
     #[inline(always)]
     fn tokens<S: Isa>(&mut self, s: S, first: usize, n: usize) {
         let (heads, ask) = (self.layer.heads, self.ctx.reading.of_short_streams());
-        let Heads { keys, values_per_key, d_k, d_v, eps, .. } = heads;
+        let Heads { values_per_key, d_k, d_v, eps, .. } = heads;
         let (key, width) = (self.key, self.width);
         let rows = &self.projected[first * width..];
+        let mut later = rows[n * width..].chunks_exact(width).take(MAX_TOKENS);
         let v_width = values_per_key * d_v;
         let UnitScratch { q, k, v, y, gates: gate_values, key_queries } = &mut *self.unit;
         q.resize(n * d_k, 0.0);
@@ -204,17 +228,16 @@ impl Unit<'_> {
         for (part, (taps, state)) in
             self.layer.conv1d[key].iter().zip(&mut self.state.conv).enumerate()
         {
-            let (column, y) = match part {
-                0 => (key * d_k, ColumnsMut::all(q, d_k)),
-                1 => ((keys + key) * d_k, ColumnsMut::all(k, d_k)),
+            let y = match part {
+                0 => ColumnsMut::all(q, d_k),
+                1 => ColumnsMut::all(k, d_k),
                 _ => {
-                    let i = part - 2;
-                    let column = 2 * keys * d_k + heads.value(key, i) * d_v;
-                    let data = &mut v[i * d_v..];
-                    (column, ColumnsMut { data, width: d_v, stride: v_width })
+                    let data = &mut v[(part - 2) * d_v..];
+                    ColumnsMut { data, width: d_v, stride: v_width }
                 }
             };
-            let x = Columns { data: &rows[column..], width: y.width, stride: width };
+            let data = &rows[heads.convolved(key, part).start..];
+            let x = Columns { data, width: y.width, stride: width };
             conv1d_silu_isa(s, n, taps, state, x, y);
         }
         if let Some(trace) = self.ctx.trace {
@@ -237,6 +260,9 @@ impl Unit<'_> {
                 gate_values.push(gates(row[a_col + head], row[b_col + head], rate, dt_bias));
                 // Rows lie too far apart for the hardware to follow.
                 Ask::ToL2.lines(s, &row[z_col + head * d_v..][..d_v], usize::MAX);
+                if let Some(row) = later.next() {
+                    heads.ask_convolved(s, key, row);
+                }
             }
             let v = Columns { data: &v[i * d_v..], width: d_v, stride: v_width };
             let out = ColumnsMut::all(y, d_v);
