@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,13 +87,14 @@ def test_prefill_ceiling_falls_with_depth_and_grows_with_arithmetic(demo):
 
 @pytest.fixture
 def peer(tmp_path):
-    """A program that answers like llama-bench, with the rate that the file's text says."""
+    """A program that answers like llama-bench: the rate is what the file's text says, of GGUF 3."""
     program = tmp_path / "llama-bench"
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, sys\n"
         "args = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
-        "text = open(args['-m']).read()\n"
+        "data = open(args['-m'], 'rb').read()\n"
+        "text = '3.0' if data.startswith(b'GGUF') else data.decode()\n"
         "if text == 'fail': sys.exit('cannot load the model')\n"
         "if text == 'noise': sys.exit(print('hello'))\n"
         "n = {'n_prompt': int(args['-p']), 'n_gen': int(args['-n'])}\n"
@@ -130,6 +132,22 @@ def test_another_program_that_fails_is_an_error(peer, text, message):
     model.write_text(text)
     with pytest.raises(qdelta.Error, match=message):
         bench.Peer(str(program), str(model)).sample(bench.Test(0, 1, 0), 1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a script with a #! line")
+def test_another_program_reads_the_same_gguf_file(peer, tmp_path):
+    program, _ = peer
+    file = Path(__file__).parent / "golden/gguf/tiny-k256-bf16-Q8_0.gguf"
+    options = ["-p", 8, "-n", 0, "-r", 1, "--cache", tmp_path, "-o", "json", "--against", program]
+    result = run_bench(file, *options)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["against"]["samples_ts"] == [3.0]
+    # No other model is a GGUF file.
+    for args in (["demo", *options], ["--synthetic", "0.8B", *options],
+                 ["demo", "--against-model", file]):  # fmt: skip
+        result = run_bench(*args)
+        assert result.exit_code == 2 and "--against-model" in result.output
 
 
 def test_another_program_that_is_not_there_is_an_error(tmp_path):

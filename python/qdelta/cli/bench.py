@@ -92,7 +92,9 @@ if TYPE_CHECKING:
 @click.option(
     "--against", metavar="PROGRAM", help="Measure llama-bench (of llama.cpp or a fork) in turn."
 )
-@click.option("--against-model", metavar="FILE", help="Its GGUF file.")
+@click.option(
+    "--against-model", metavar="FILE", help="Its GGUF file; without, MODEL's, if that is one."
+)
 @plot_option("Draw the results")
 @saved_option(
     "Results of -o json to draw, with those of this run if there is one; may be repeated."
@@ -142,6 +144,7 @@ def bench(
     \b
       qdelta bench --synthetic 0.8B --limits --profile
       qdelta bench --synthetic 4B --against ./llama-bench --against-model qwen3.5-4b-q4_0.gguf
+      qdelta bench qwen3.5-4b-q4_k_m.gguf --against ./llama-bench
 
     --plot draws what the results hold: rates against depth (several -d), parts of the ceiling
     (--limits), both programs (--against), profiles. It also draws saved results.
@@ -174,12 +177,18 @@ def bench(
     thread_counts: list[int | None] = list(threads) if threads else [None]
     if 0 in thread_counts:
         raise click.UsageError("-t: at least 1 thread")
-    if (against is None) != (against_model is None):
-        raise click.UsageError("--against and --against-model go together")
-    peer = benchmark.Peer(against, against_model) if against and against_model else None
+    if against is None and against_model is not None:
+        raise click.UsageError("--against-model is the file of the program of --against")
     path = None
     if model_name is not None:
         path = locate(model_name, revision=revision, offline=offline, cache=cache, progress=None)
+    peer = None
+    if against is not None:
+        if against_model is None:
+            if path is None or not path.is_file():
+                raise click.UsageError("--against reads GGUF files: name one as --against-model")
+            against_model = str(path)
+        peer = benchmark.Peer(against, against_model)
     settings: dict[str, Any] = {"kv": kv, "isa": isa, "head": head, "yarn": yarn}
     reports: dict[str, Report] = {
         "md": Markdown(limits=limits), "json": Json(), "jsonl": JsonLines(), "csv": Csv(),
