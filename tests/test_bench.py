@@ -144,7 +144,9 @@ def test_another_program_reads_the_same_gguf_file(peer, tmp_path):
     (row,) = json.loads(result.stdout)
     assert row["against"]["samples_ts"] == [3.0]
     # No other model is a GGUF file.
-    for args in (["demo", *options], ["--synthetic", "0.8B", *options],
+    converted = tmp_path / "model.safetensors"
+    converted.touch()
+    for args in (["demo", *options], [converted, *options], ["--synthetic", "0.8B", *options],
                  ["demo", "--against-model", file]):  # fmt: skip
         result = run_bench(*args)
         assert result.exit_code == 2 and "--against-model" in result.output

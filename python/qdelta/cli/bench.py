@@ -154,7 +154,7 @@ def bench(
       qdelta bench --plot sizes.png --from 0.8b.json --from 4b.json
     """
     from .. import bench as benchmark
-    from .. import plots
+    from .. import gguf_names, plots
     from ..progress import StepBar
     from ..report import Csv, Json, JsonLines, Markdown, read_rows
     from ..source import locate
@@ -185,7 +185,7 @@ def bench(
     peer = None
     if against is not None:
         if against_model is None:
-            if path is None or not path.is_file():
+            if path is None or path.suffix != gguf_names.SUFFIX:
                 raise click.UsageError("--against reads GGUF files: name one as --against-model")
             against_model = str(path)
         peer = benchmark.Peer(against, against_model)
